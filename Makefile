@@ -1,0 +1,56 @@
+# Each target works alone on a fresh machine with Python 3.11 or newer: it makes the environment that it needs in .venv.
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: quickstart test test-slow test-hf test-browser lint constraints clean
+
+quickstart: $(VENV)/.stamp-core
+	$(BIN)/ov3 quickstart $(ARGS)
+
+test: lint
+	$(PYTEST) $(ARGS)
+
+test-slow: $(VENV)/.stamp-dev
+	$(PYTEST) -m slow $(ARGS)
+
+# pytest's exit code 5 means that there are no such tests
+test-hf: $(VENV)/.stamp-dev
+	$(PYTEST) -m hf $(ARGS) || [ $$? -eq 5 ]
+
+test-browser: $(VENV)/.stamp-dev
+	$(PYTEST) -m browser $(ARGS) || [ $$? -eq 5 ]
+
+lint: $(VENV)/.stamp-dev
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# Python 3.11 first: it is what constraints.txt was resolved for.
+$(BIN)/python:
+	@for python in $(PYTHON) python3.11 python3.12 python3.13 python3.14 python3; do \
+	  if $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "Making $(VENV) with $$($$python --version)"; $$python -m venv $(VENV); exit; \
+	  fi; \
+	done; echo "Python 3.11 or newer was not found; name one: make PYTHON=/path/to/python3" >&2; exit 2
+
+$(VENV)/.stamp-core: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing openvision3 and what it needs into $(VENV) (minutes the first time: PyTorch is large)"
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-core
+	@echo "Installing what lint and tests need into $(VENV)"
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[eval,dev]'
+	@touch $@
+
+# A fresh resolution of the newest versions that pyproject.toml allows; torch and torchvision stay as pinned.
+constraints: $(BIN)/python
+	grep -E '^(torch|torchvision)==' constraints.txt > constraints.tmp
+	$(BIN)/python -m pip install -qq --dry-run --ignore-installed --report report.tmp -c constraints.tmp '.[eval,dev]'
+	{ grep '^#' constraints.txt; $(BIN)/python -c 'import json; print("\n".join(sorted((f"{p[\"name\"]}=={p[\"version\"]}" \
+	  for p in (i["metadata"] for i in json.load(open("report.tmp"))["install"]) if p["name"] != "openvision3" and not \
+	  p["name"].startswith(("nvidia-", "cuda-", "triton", "setuptools"))), key=str.lower)))'; } > constraints.tmp
+	mv constraints.tmp constraints.txt; rm report.tmp
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,180 @@
+"""`ov3 train RECIPE [--field.sub value]`: a recipe's config, changed field by field, handed to the training loop."""
+
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
+
+import tyro
+
+from openvision3.config import OpenVisionError, TrainConfig, VAETrainConfig
+
+if TYPE_CHECKING:
+    from openvision3.model.openvision3 import OpenVision3
+    from openvision3.training.loop import Evaluate
+
+Config = TypeVar("Config", bound=TrainConfig | VAETrainConfig)
+
+
+@dataclass(frozen=True)
+class Run(Generic[Config]):
+    """The recipe's fields, where it runs, and whether it only says what it would do."""
+
+    config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+    device: str = "auto"  # auto: cuda, then mps, then cpu
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # print the resolved recipe and stop
+
+
+def train(args: list[str]) -> int:
+    """Trains the recipe that `args` begins with; the same command run again resumes. Returns the exit code."""
+    from openvision3.recipes import RECIPES
+
+    if not args or args[0] in ("-h", "--help"):
+        print(recipe_list())
+        return 0 if args else 2
+    if args[0] not in RECIPES:
+        near = difflib.get_close_matches(args[0], RECIPES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(RECIPES)}"
+        raise OpenVisionError(f"there is no recipe {args[0]!r}; {hint}")
+    run = resolve(RECIPES[args[0]](), args[1:], f"ov3 train {args[0]}")
+    return run_train(run.config, run.device, run.dry_run)
+
+
+def run_train(config: TrainConfig | VAETrainConfig, device: str = "auto", dry_run: bool = False) -> int:
+    """Trains a resolved recipe in its run folder (or resumes it there) and prints the folder; or only describes it.
+
+    Returns the exit code: 0, or 128 + the signal's number where SIGINT or SIGTERM stopped the run, with all saved.
+    """
+    if dry_run:
+        from openvision3.training import dryrun
+
+        print(dryrun.dry_run(config, device))
+        return 0
+    from openvision3.training.run_folder import RunInterrupted
+
+    try:
+        if isinstance(config, VAETrainConfig):
+            from openvision3.training.vae_training import train_vae
+
+            folder = train_vae(config, device)
+        else:
+            from openvision3.training.loop import train as train_encoder
+
+            folder = train_encoder(config, device, evaluator(config))
+    except RunInterrupted as stop:
+        print(f"ov3: {stop}", file=sys.stderr)
+        return 128 + stop.signal_number
+    print(folder)
+    return 0
+
+
+def evaluator(config: TrainConfig) -> "Evaluate | None":
+    """What a run evaluates on the way, at the resolution of its stage: held-out demo scenes, or `config.eval_source`.
+
+    None where there is nothing to evaluate on: training on tars without `eval_source`.
+    """
+    from openvision3.data.demo import BENCHMARK
+    from openvision3.training.stages import plan
+
+    source = config.eval_source or (BENCHMARK if config.data.source == "demo" else "")
+    if not source or config.eval_samples == 0:
+        return None
+    stages = plan(config)
+
+    def evaluate(model: "OpenVision3", step: int) -> dict[str, float]:
+        from openvision3.evaluation.evaluate import evaluate_all, flat_figures
+
+        (size,) = {stage.config.resolution for stage in stages if stage.first_step < step <= stage.last_step}
+        parts = ("reconstruction", "zeroshot", "retrieval", "captioning")
+        scenes = config.data.scenes if config.data.source == "demo" else None
+        figures = evaluate_all(model, source, parts, config.eval_samples, size=size, scenes=scenes, landscapes=False)
+        return flat_figures(figures)
+
+    return evaluate
+
+
+def recipe_list() -> str:
+    """The recipes with the first line of their docstrings."""
+    from openvision3.recipes import RECIPES
+
+    width = max(map(len, RECIPES))
+    lines = ["usage: ov3 train RECIPE [--field.sub value] [--device auto] [--dry-run]", ""]
+    lines += [
+        f"  {name:<{width}}  {(make.__doc__ or '').strip().partition(chr(10))[0]}" for name, make in RECIPES.items()
+    ]
+    return "\n".join([*lines, "", "ov3 train RECIPE --help lists its fields."])
+
+
+def resolve(config: Config, args: Sequence[str], prog: str = "ov3 train") -> "Run[Config]":
+    """The recipe's config with the command line's fields in place of its own.
+
+    `--model.decoder none` leaves out a part that may be absent. Raises `OpenVisionError` that names a misspelt field
+    with the nearest right one; exits with 2 where a value has the wrong type.
+    """
+    config, rest = _without_parts(config, list(args))
+    run, unknown = tyro.cli(
+        Run[type(config)],
+        default=Run(config),
+        args=rest,
+        prog=prog,
+        description="Fields of the recipe, with their values there as defaults.",
+        config=(tyro.conf.AvoidSubcommands,),
+        return_unknown_args=True,
+    )
+    if unknown:
+        raise OpenVisionError(misspelt(unknown[0], [name for name, _ in leaves(type(config))]))
+    return run
+
+
+def misspelt(argument: str, fields: Sequence[str]) -> str:
+    """One line about an argument that is no field, with the nearest field."""
+    if not argument.startswith("--"):
+        return f"unexpected argument {argument!r}; fields are given as --field.sub value"
+    wanted = argument[2:].split("=")[0].replace("-", "_")
+    if wanted in fields:
+        return f"--{wanted} belongs to a part that this recipe leaves out"
+    near = [field for field in fields if field.split(".")[-1] == wanted]  # --batch_size for --stage1.batch_size
+    near = near or difflib.get_close_matches(wanted, [*fields, "device", "dry_run"], n=1)
+    hint = f"did you mean --{near[0]}?" if near else "see --help for the recipe's fields"
+    return f"there is no field --{wanted}; {hint}"
+
+
+def leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted name, type) of every field below a config class; of optional parts also the part itself."""
+    for name, kind in typing.get_type_hints(cls).items():
+        inner, optional = _optional(kind)
+        if dataclasses.is_dataclass(inner):
+            assert isinstance(inner, type)
+            if optional:
+                yield f"{prefix}{name}", kind
+            yield from leaves(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", kind
+
+
+def _optional(kind: Any) -> tuple[Any, bool]:
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        inner = [arg for arg in typing.get_args(kind) if arg is not type(None)]
+        return inner[0], len(inner) < len(typing.get_args(kind))
+    return kind, False
+
+
+def _without_parts(config: Config, args: list[str]) -> tuple[Config, list[str]]:
+    """Takes `--part none` out of `args` for the parts that may be absent, and the parts out of the config."""
+    parts = [name for name, kind in leaves(type(config)) if dataclasses.is_dataclass(_optional(kind)[0])]
+    for part in parts:
+        for i in range(len(args) - 1):
+            if args[i].replace("-", "_") == f"__{part}" and args[i + 1].lower() == "none":
+                config, args = _replaced(config, part.split("."), None), args[:i] + args[i + 2 :]
+                break
+    return config, args
+
+
+def _replaced(config: Any, path: Sequence[str], value: Any) -> Any:
+    if len(path) > 1:
+        value = _replaced(getattr(config, path[0]), path[1:], value)
+    return dataclasses.replace(config, **{path[0]: value})

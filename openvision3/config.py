@@ -1,0 +1,317 @@
+"""Configuration as frozen dataclasses, to and from JSON.
+
+A recipe is a function that returns one of these (see `recipes.py`); the command line overrides single fields. A field
+marked `resumable` may change between a run's stop and its resumption; any other change is refused.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+
+class OpenVisionError(Exception):
+    """An error that a user can act on: its message says what is wrong and what to do."""
+
+
+def resumable(default: Any) -> Any:
+    """A dataclass field whose change does not change what a resumed run computes."""
+    return field(default=default, metadata={"resumable": True})
+
+
+Activation = Literal["gelu", "gelu_tanh", "relu_squared"]
+AttentionPath = Literal["auto", "sdpa", "matmul"]
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """A frozen autoencoder and its latent convention: `scaled = (z - latent_shift) * latent_scale`."""
+
+    kind: Literal["tiny", "diffusers"] = "tiny"  # the embedded one, or any diffusers autoencoder
+    source: str = "embedded"  # "embedded", a folder, or a hub id
+    channels: int = 16  # latent channels
+    factor: int = 8  # pixels per latent, each side
+    latent_scale: float = 1.0  # FLUX.1: 0.3611
+    latent_shift: float = 0.0  # FLUX.1 as diffusers uses it: 0.1159; OpenVision 3's released weights: 0
+    sha256: str = ""  # of the weights file; empty: not checked
+    licence: str = ""  # of the weights
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Size of one stack of pre-norm transformer blocks."""
+
+    width: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_width: int = 0  # 0: 4 * width
+    activation: Activation = "gelu"
+    norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """Bidirectional text tower of the contrastive loss (METHOD: OpenVision 1)."""
+
+    transformer: TransformerConfig = TransformerConfig(512, 12, 8, activation="gelu_tanh")
+    vocab_size: int = 30522
+    context_length: int = 80  # tokens, with [bos], [eos], padding and the final [cls]
+    pad_id: int = 0  # must be the tokenizer's; masked out of the attention
+
+
+@dataclass(frozen=True)
+class TextDecoderConfig:
+    """Autoregressive caption tower that reads the unified tokens."""
+
+    transformer: TransformerConfig = TransformerConfig(512, 12, 8, activation="gelu_tanh")
+    vocab_size: int = 30522
+    context_length: int = 128  # tokens, with [bos] and [eos]
+    pad_id: int = 0  # must be the tokenizer's; no loss there
+    image_input: Literal["prefix", "cross"] = "cross"  # image tokens as a prefix, or cross-attended in each block
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The unified encoder and its decoders. `None` marks a part that the model lacks."""
+
+    name: str = "unnamed"
+    input: Literal["latents", "pixels"] = "latents"  # "pixels": the paper's variant without VAE (patch 16 on RGB)
+    in_channels: int = 16
+    patch_size: int = 2  # in latents ("latents") or pixels ("pixels")
+    image_size: int = 256  # pixels; size at which stored positions and defaults apply
+    embed_dim: int = 768  # of the pooled image and text embeddings
+    encoder: TransformerConfig = TransformerConfig()
+    stored_positions: bool = False  # the weights hold a position table that the sine-cosine formula does not give
+    decoder: TransformerConfig | None = TransformerConfig()
+    text_encoder: TextEncoderConfig | None = TextEncoderConfig()
+    text_decoder: TextDecoderConfig | None = TextDecoderConfig()
+    noise_tau: float = 0.3  # Eq. 3: sigma ~ U[0, tau] per image
+    noise_relative: bool = True  # sigma in units of the tokens' root mean square, so that growing does not escape it
+    attention: AttentionPath = "auto"  # "auto": matmul-softmax on CPU, sdpa elsewhere; same mathematics
+    vae: VAEConfig = VAEConfig()
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per token, each side (16 for every released model)."""
+        return self.patch_size * (self.vae.factor if self.input == "latents" else 1)
+
+
+@dataclass(frozen=True)
+class SceneConfig:
+    """Distribution of the captioned demo scenes. The defaults are the frozen benchmark `scenes-v1`."""
+
+    num_names: int = 494  # how many of the named things occur (a fixed, evenly spread subset)
+    size_min: float = 0.25  # longest side of a thing, as a fraction of the picture's side
+    size_max: float = 0.55
+    count_weights: tuple[float, float, float, float] = (0.40, 0.35, 0.20, 0.05)  # P(1, 2, 3, 4 things)
+    repeat_probability: float = 0.20  # of pictures of several things: the same thing repeated
+    gradient_probability: float = 0.12  # background is a colour gradient instead of a landscape
+    max_rotation: float = 15.0  # degrees
+    min_visible: float = 0.70  # of each thing's area
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from, and which of their fields are the two texts."""
+
+    source: str = "demo"  # "demo" renders scenes on the fly; else tars: a path, brace list, glob or folder
+    scenes: SceneConfig = SceneConfig()  # for source "demo"
+    seed: int = 0  # of the order (and of the scenes, for source "demo")
+    shuffle: bool = True  # tars: another order of all samples in each turn, a function of the seed; False: the tars' own
+    alt_key: str = "txt"  # member that holds the alt text
+    caption_field: str = "caption"  # field of the json member that holds the synthetic caption; else the alt text
+    crop_min_area: float = 1.0  # training crop: area fraction, 1 = whole picture (paper: 0.4)
+    num_workers: int = resumable(1)  # processes that prepare batches; does not change what they hold
+    max_bad_fraction: float = resumable(0.01)  # more unusable samples than this stop the run
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of Eqs. 4-6. lambda (LPIPS) is per stage: see `StageConfig`."""
+
+    beta: float = 0.4  # latent L1, Eq. 4
+    alpha: float = 1.0  # contrastive, Eq. 5
+    omega_rec: float = 0.5  # Eq. 6
+    omega_und: float = 1.0  # Eq. 6
+    pixel_stride: int = 1  # decode pixels for every n-th sample of the global batch (unbiased; 1 = all)
+    lpips_net: Literal["alex", "vgg"] = "alex"
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage of training: a resolution, a length and a schedule, counted in samples seen."""
+
+    resolution: int = 128  # pixels, multiple of 16
+    samples: int = 0  # 0: the stage is left out
+    warmup_samples: int = 0
+    batch_size: int = 8192  # global
+    base_lr: float = 8e-6  # peak learning rate = base_lr * batch_size / 256
+    lpips_weight: float = 0.0  # lambda, Eq. 4
+
+    @property
+    def peak_lr(self) -> float:
+        return self.base_lr * self.batch_size / 256
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with decoupled decay, scaled by the learning rate, on weight matrices only; warm-up, then cosine to 0."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.2
+    clip_norm: float = 1.0  # global gradient norm; 0 = no clipping
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that defines a training run of the unified encoder."""
+
+    recipe: str
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    stage1: StageConfig = StageConfig()
+    stage2: StageConfig = StageConfig()
+    seed: int = 0  # of initialisation and noise
+    init: str = ""  # model folder to start from; empty: random weights
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # "auto": the faster, timed once at the start, then kept
+    micro_batch: int = 0  # samples per forward pass; 0: the whole batch. The losses stay those of the whole batch
+    checkpoint_blocks: bool = False  # recompute blocks in the backward pass: less memory, more time
+    out: str = resumable("")  # run folder; empty: runs/RECIPE
+    log_every: int = resumable(10)  # steps
+    eval_every: int = resumable(0)  # samples; 0: at the end of each stage only
+    eval_samples: int = resumable(256)  # 0: sample pictures only
+    eval_source: str = resumable("")  # folder or tars to evaluate on; empty: held-out scenes for source "demo", else none
+    checkpoint_every: int = resumable(0)  # samples; 0: at the end of each stage only
+    keep_checkpoints: int = resumable(2)
+
+    @property
+    def stages(self) -> tuple[StageConfig, ...]:
+        return tuple(stage for stage in (self.stage1, self.stage2) if stage.samples > 0)
+
+
+@dataclass(frozen=True)
+class TinyVAEConfig:
+    """Size of the embedded autoencoder: channels and residual blocks at 1/2, 1/4 and 1/8 of the picture's side."""
+
+    encoder_widths: tuple[int, int, int] = (32, 64, 128)
+    encoder_depths: tuple[int, int, int] = (1, 2, 2)
+    decoder_widths: tuple[int, int, int] = (32, 96, 160)
+    decoder_depths: tuple[int, int, int] = (2, 2, 3)
+    channels: int = 16
+    format_version: int = 1
+
+
+@dataclass(frozen=True)
+class VAETrainConfig:
+    """Training of the embedded tiny VAE: L1 + MSE + LPIPS + KL on crops of landscapes, scenes and cut-outs."""
+
+    recipe: str
+    vae: TinyVAEConfig = TinyVAEConfig()
+    resolution: int = 128  # pixels
+    samples: int = 24_000
+    warmup_samples: int = 1_000
+    batch_size: int = 8
+    peak_lr: float = 3e-3
+    optimizer: OptimizerConfig = OptimizerConfig(beta2=0.99, weight_decay=0.0)
+    l1_weight: float = 1.0
+    mse_weight: float = 4.0
+    lpips_weight: float = 0.1
+    lpips_stride: int = 4  # LPIPS on every n-th picture of a batch
+    kl_weight: float = 1e-5  # per latent element
+    ema: float = 0.999  # per step
+    seed: int = 0
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    num_workers: int = resumable(1)
+    out: str = resumable("")
+    log_every: int = resumable(50)  # steps
+    eval_every: int = resumable(5_000)  # samples
+    checkpoint_every: int = resumable(5_000)  # samples
+    keep_checkpoints: int = resumable(2)
+
+
+Config = TypeVar("Config")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as nested dictionaries that `json` can write."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[Config], data: Any, where: str = "") -> Config:
+    """Builds a config from nested dictionaries; missing fields keep their defaults.
+
+    Raises `OpenVisionError` that names a misspelt field (with the nearest right one) or a value of the wrong type.
+    """
+    return _decode(cls, data, where or cls.__name__)
+
+
+def _decode(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise OpenVisionError(f"{where}: expected a table of fields, got {value!r}")
+        hints = typing.get_type_hints(kind)
+        for name in value:
+            if name not in hints:
+                near = difflib.get_close_matches(str(name), hints, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(hints)}"
+                raise OpenVisionError(f"{where} has no field {name!r}{hint}")
+        try:
+            return kind(**{name: _decode(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+        except TypeError as error:
+            raise OpenVisionError(f"{where}: {error}") from None
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        (inner,) = [arg for arg in args if arg is not type(None)]
+        return _decode(inner, value, where)
+    if origin is Literal:
+        if value not in args:
+            raise OpenVisionError(f"{where}: {value!r} is not one of {', '.join(map(repr, args))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or len(value) != len(args):
+            raise OpenVisionError(f"{where}: expected {len(args)} values, got {value!r}")
+        return tuple(_decode(arg, item, f"{where}[{i}]") for i, (arg, item) in enumerate(zip(args, value, strict=True)))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise OpenVisionError(f"{where}: expected {kind.__name__}, got {value!r}")
+    return value
+
+
+def save_json(config: Any, path: Path) -> None:
+    """Writes the config as indented JSON (whole or not at all)."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    temporary.replace(path)
+
+
+def load_json(cls: type[Config], path: Path) -> Config:
+    """Reads a config written by `save_json`; raises `OpenVisionError` on anything else."""
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise OpenVisionError(f"{path} does not exist") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise OpenVisionError(f"{path} is not valid JSON: {error}") from None
+    return from_dict(cls, data, str(path))
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, bool]]:
+    """Yields (dotted field, old value, new value, resumable) for every leaf that differs between two configs."""
+    for item in dataclasses.fields(new):
+        name, a, b = f"{prefix}{item.name}", getattr(old, item.name), getattr(new, item.name)
+        if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
+            yield from differences(a, b, f"{name}.")
+        elif a != b:
+            yield name, a, b, bool(item.metadata.get("resumable", False))

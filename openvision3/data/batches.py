@@ -1,0 +1,238 @@
+"""Batches in an order that is a pure function of the configuration: the stream can start at any position.
+
+Positions count samples since the start of the training. What a position holds depends on (source, seed, position)
+alone: not on the number of workers, nor on where the stream was begun. So a resumed run sees exactly what an unbroken
+one sees.
+"""
+
+import logging
+import math
+import random
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from openvision3.config import OpenVisionError
+from openvision3.data.shards import BadSample, Sample, Source
+from openvision3.data.tokenizer import CaptionTokenizer
+from openvision3.data.transforms import random_crop
+
+log = logging.getLogger(__name__)
+
+FEWEST_SAMPLES = (
+    100  # the allowed fraction is taken of at least so many: one bad sample in a small tar is no reason to stop
+)
+SUBSTITUTES = 16  # tried for one position; the data are unusable where they all fail
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+
+Bad = tuple[int, str, str]  # position, key, reason
+
+
+@dataclass
+class Batch:
+    """Samples of consecutive positions. Text ids are int64 and of length 0 where a length of 0 was asked for."""
+
+    positions: list[int]
+    keys: list[str]
+    images: Tensor  # uint8 (B, 3, R, R)
+    alt_ids: Tensor  # (B, contrastive_length): the alt text, laid out for the text encoder
+    caption_text_ids: (
+        Tensor  # (B, contrastive_length): a random sentence of the caption, for the second contrastive loss
+    )
+    caption_ids: Tensor  # (B, caption_length): the whole caption, laid out for the caption decoder
+    captions: list[str]
+    bad: list[Bad] = field(default_factory=list)  # what could not be used and was replaced
+
+
+@dataclass
+class _Failure:
+    """An error of a worker, carried over as a value so that users see its one line and no traceback."""
+
+    message: str
+
+
+class BatchStream:
+    """Iterates over the batches of the positions from `start` to `stop`; the last one may be smaller.
+
+    A sample that can't be used is replaced by another, drawn by (seed, position), and added to `bad`, which gathers
+    (position, key, reason) of all iterations. Iterating raises `OpenVisionError` once more than `max_bad_fraction` of
+    the samples are bad, or where no substitute can be found.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: CaptionTokenizer | None,
+        resolution: int,
+        batch_size: int,
+        start: int,
+        stop: int,
+        *,
+        contrastive_length: int,  # tokens of alt_ids and caption_text_ids; 0: none
+        caption_length: int,  # tokens of caption_ids; 0: none
+        crop_min_area: float = 1.0,
+        num_workers: int = 0,  # processes beside this one; 0: this one does the work
+        seed: int = 0,  # of crops, sentences and substitutes
+        max_bad_fraction: float = 0.01,
+    ):
+        if batch_size < 1 or start < 0:
+            raise ValueError(f"batch_size {batch_size} must be at least 1, and start {start} at least 0")
+        if tokenizer is None and (contrastive_length or caption_length):
+            raise ValueError("texts were asked for, but there is no tokenizer")
+        self.batches = _Batches(
+            source,
+            tokenizer,
+            resolution,
+            batch_size,
+            start,
+            stop,
+            contrastive_length,
+            caption_length,
+            crop_min_area,
+            seed,
+        )
+        self.num_workers = num_workers
+        self.max_bad_fraction = max_bad_fraction
+        self.bad: list[Bad] = []
+        self.seen = 0
+        self._bad_keys: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        loader = DataLoader(
+            self.batches,
+            batch_size=None,
+            num_workers=min(self.num_workers, len(self.batches)),
+            worker_init_fn=_begin_worker,
+            generator=torch.Generator(),  # else the loader would draw from the global one, and change what follows
+        )
+        for batch in loader:
+            if isinstance(batch, _Failure):
+                raise OpenVisionError(batch.message)
+            self._count(batch)
+            yield batch
+
+    def _count(self, batch: Batch) -> None:
+        """Logs what could not be used, and stops where it is too much.
+
+        What counts is how many different samples are bad: too many of all that there are, or so many of those seen that
+        it is no accident (three standard deviations). One is never too many, however small the data and long the run.
+        """
+        self.seen += len(batch.positions)
+        self.bad += batch.bad
+        for position, key, reason in batch.bad:
+            log.warning("position %d: sample %s skipped: %s", position, key, reason)
+            self._bad_keys.add(key)
+        bad, total = len(self._bad_keys), self.batches.source.size
+        whole = self.seen if total is None else total
+        seen = max(min(self.seen, whole), FEWEST_SAMPLES)
+        whole = max(whole, FEWEST_SAMPLES)
+        surely_bad = bad - 3 * math.sqrt(bad)
+        if (total is not None and bad > self.max_bad_fraction * whole) or surely_bad > self.max_bad_fraction * seen:
+            _, key, reason = self.bad[0]
+            of = f"{self.seen} samples" if total is None or self.seen < total else f"all {total} samples"
+            raise OpenVisionError(
+                f"{bad} of {of} can't be used, more than max_bad_fraction = {self.max_bad_fraction:.2%} allows; the "
+                f"first is {key}: {reason} (`ov3 data check` lists them all)"
+            )
+
+
+def _draw(what: str, below: int) -> int:
+    """A number from 0 to `below` - 1, a function of `what`."""
+    return int(random.Random(what).random() * below)
+
+
+def _begin_worker(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+class _Batches(Dataset[Batch | _Failure]):
+    """Item i: the i-th batch."""
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: CaptionTokenizer | None,
+        resolution: int,
+        batch_size: int,
+        start: int,
+        stop: int,
+        contrastive_length: int,
+        caption_length: int,
+        crop_min_area: float,
+        seed: int,
+    ):
+        self.source = source
+        self.tokenizer = tokenizer
+        self.resolution = resolution
+        self.batch_size = batch_size
+        self.start = start
+        self.stop = stop
+        self.contrastive_length = contrastive_length
+        self.caption_length = caption_length
+        self.crop_min_area = crop_min_area
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return max(0, -(-(self.stop - self.start) // self.batch_size))
+
+    def __getitem__(self, index: int) -> Batch | _Failure:
+        first = self.start + index * self.batch_size
+        positions = list(range(first, min(first + self.batch_size, self.stop)))
+        bad: list[Bad] = []
+        try:
+            samples = [self._sample(position, bad) for position in positions]
+        except OpenVisionError as error:
+            return _Failure(str(error))
+        # one generator a position, so that neither the batch size nor a bad neighbour changes a crop
+        images = [self._crop(sample.image, position) for sample, position in zip(samples, positions, strict=True)]
+        captions = [sample.caption for sample in samples]
+        sentences = [self._sentence(text, position) for text, position in zip(captions, positions, strict=True)]
+        return Batch(
+            positions,
+            [sample.key for sample in samples],
+            torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
+            self._ids([sample.alt for sample in samples], self.contrastive_length, contrastive=True),
+            self._ids(sentences, self.contrastive_length, contrastive=True),
+            self._ids(captions, self.caption_length, contrastive=False),
+            captions,
+            bad,
+        )
+
+    def _sample(self, position: int, bad: list[Bad]) -> Sample:
+        """The sample of a position, or a substitute that is a function of (seed, position) too."""
+        at = position
+        for attempt in range(1 + SUBSTITUTES):
+            if attempt:
+                at = _draw(f"substitute {self.seed} {position} {attempt}", self.source.size or 2**31)
+            try:
+                return self.source.read(at)
+            except BadSample as error:
+                bad.append((position, error.key, error.reason))
+        raise OpenVisionError(
+            f"position {position} and {SUBSTITUTES} substitutes can't be used; the last is {bad[-1][1]}: {bad[-1][2]}"
+        )
+
+    def _crop(self, image: np.ndarray, position: int) -> np.ndarray:
+        rng = np.random.Generator(np.random.PCG64([zlib.crc32(b"crop"), self.seed, position]))
+        return random_crop(image, self.resolution, self.crop_min_area, rng)
+
+    def _sentence(self, caption: str, position: int) -> str:
+        sentences = _SENTENCE_END.split(caption)
+        if len(sentences) == 1:
+            return caption
+        return sentences[_draw(f"sentence {self.seed} {position}", len(sentences))]
+
+    def _ids(self, texts: list[str], length: int, contrastive: bool) -> Tensor:
+        if not length or self.tokenizer is None:
+            return torch.zeros(len(texts), 0, dtype=torch.long)
+        encode = self.tokenizer.encode_contrastive if contrastive else self.tokenizer.encode_caption
+        return encode(texts, length)

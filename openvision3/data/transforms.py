@@ -1,0 +1,187 @@
+"""Pictures in and out: reading any file as RGB, resizing and cropping, and the way back from tensors."""
+
+import warnings
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from openvision3.config import OpenVisionError
+
+MAX_PIXELS = 178_956_970  # 512 MiB as RGB; larger pictures are taken for decompression bombs
+MULTIPLE = 16  # pixels per token, each side
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Reads a picture file as upright 8-bit RGB; of several frames the first, transparency over white.
+
+    Raises `OpenVisionError`, in one line with the path, where the file is missing, empty, cut short, no picture, or has
+    more than `MAX_PIXELS` pixels.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            return decode_image(file, str(path))
+    except FileNotFoundError:
+        raise OpenVisionError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise OpenVisionError(f"{path}: is a folder, not a picture") from None
+    except OSError as error:
+        raise OpenVisionError(f"{path}: can't be read ({error.strerror or error})") from None
+
+
+def decode_image(file: BinaryIO, name: str) -> Image.Image:
+    """Decodes a picture from an open binary file as `load_image` does; its errors begin with `name`."""
+    if not file.read(1):
+        raise OpenVisionError(f"{name}: is empty")
+    file.seek(0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of bombs at half of the size that is refused here
+            with Image.open(file) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise OpenVisionError(_too_large(name, f"{image.width} x {image.height}"))
+                turn = _UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION, 1))
+                image.load()
+                rgb = _to_rgb(image)
+                return rgb if turn is None else rgb.transpose(turn)
+    except OpenVisionError:
+        raise
+    except Image.DecompressionBombError:
+        raise OpenVisionError(_too_large(name, "its header claims far more")) from None
+    except Image.UnidentifiedImageError:
+        raise OpenVisionError(f"{name}: is not a picture of a known format") from None
+    except Exception as error:  # Pillow's decoders meet broken files with every kind of exception
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OpenVisionError(f"{name}: can't be decoded ({reason[:200]})") from None
+
+
+def _too_large(name: str, size: str) -> str:
+    return f"{name}: too large ({size} pixels); at most {MAX_PIXELS / 1e6:.0f} million pixels are read"
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any of Pillow's modes as 8-bit RGB."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image.copy()
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    """Grey values of 16-bit or 32-bit integers, or floats in [0, 1] or [0, 255], as uint8."""
+    values = np.nan_to_num(values.astype(np.float64))
+    top = float(values.max())
+    if values.dtype.kind == "f" and top <= 1.0:
+        scale = 255.0
+    else:
+        scale = 1.0 if top <= 255 else 255 / 65535 if top <= 65535 else 255 / top
+    return np.round(values * scale).clip(0, 255).astype(np.uint8)
+
+
+def preprocess(image: Image.Image, size: int | None) -> Tensor:
+    """An RGB picture as a float32 tensor (3, H, W) in [-1, 1].
+
+    With `size`, the short side is resized to it (bicubic, antialiased) and the centre cropped to (size, size). Without,
+    the picture keeps its pixels, centrally cropped to multiples of 16; one with a side below 16 is scaled up first.
+    Raises `OpenVisionError` for a picture so narrow that scaling it up would pass `MAX_PIXELS`.
+    """
+    if size is not None:
+        if size < 1:
+            raise ValueError(f"size is {size}, but must be at least 1 pixel")
+        return to_tensor(_resize_and_crop(image, size))
+    short = min(image.size)
+    if short < MULTIPLE:
+        width, height = (max(MULTIPLE, round(side * MULTIPLE / short)) for side in image.size)
+        if width * height > MAX_PIXELS:
+            raise OpenVisionError(f"a picture of {image.width} x {image.height} pixels is too narrow to scale up to 16")
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return to_tensor(_centre_crop(image, image.width // MULTIPLE * MULTIPLE, image.height // MULTIPLE * MULTIPLE))
+
+
+def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
+    short = min(image.size)
+    # only the middle square is kept: without the ends of a very long picture, resizing it can't take all memory
+    image = _centre_crop(
+        image, min(image.width, _near(4 * short, image.width)), min(image.height, _near(4 * short, image.height))
+    )
+    width, height = (max(size, round(side * size / short)) for side in image.size)
+    return _centre_crop(image.resize((width, height), Image.Resampling.BICUBIC), size, size)
+
+
+def _near(length: int, whole: int) -> int:
+    """`length`, or one more, so that cropping `whole` to it centrally takes as much from both ends."""
+    return length + (whole - length) % 2
+
+
+def _centre_crop(image: Image.Image, width: int, height: int) -> Image.Image:
+    if image.size == (width, height):
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def random_crop(image: np.ndarray, size: int, min_area: float, rng: np.random.Generator) -> np.ndarray:
+    """A training crop: uint8 (H, W, 3) to uint8 (size, size, 3), bilinear and antialiased, never flipped.
+
+    The crop covers a random fraction of the area between `min_area` and 1, at a random shape between 3:4 and 4:3 and a
+    random place (OpenVision 1). `min_area` 1 is the centre square, which leaves a square picture of `size` as it is.
+    """
+    height, width = image.shape[:2]
+    box = _random_box(width, height, min_area, rng) if min_area < 1 else None
+    if box is None:
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        box = (left, top, left + side, top + side)
+    if (width, height) == (size, size) and box == (0, 0, size, size):
+        return image
+    return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box=box))
+
+
+def _random_box(width: int, height: int, min_area: float, rng: np.random.Generator) -> tuple[int, int, int, int] | None:
+    for _ in range(10):
+        area = (min_area + (1 - min_area) * rng.random()) * width * height
+        shape = (4 / 3) ** (2 * rng.random() - 1)  # width by height, uniform in its logarithm
+        w, h = round((area * shape) ** 0.5), round((area / shape) ** 0.5)
+        if 1 <= w <= width and 1 <= h <= height:
+            left, top = int(rng.random() * (width - w + 1)), int(rng.random() * (height - h + 1))
+            return left, top, left + w, top + h
+    return None
+
+
+def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
+    """An 8-bit RGB picture as a float32 tensor (3, H, W) in [-1, 1]."""
+    return from_uint8(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+
+
+def from_uint8(pixels: Tensor) -> Tensor:
+    """uint8 pixels of any shape as float32 in [-1, 1]."""
+    return pixels.to(torch.float32) / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] of any shape as uint8: clamped and rounded, never truncated."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """A tensor (3, H, W) in [-1, 1] as an 8-bit RGB picture: clamped and rounded, never truncated."""
+    return Image.fromarray(to_uint8(image.detach()).permute(1, 2, 0).cpu().contiguous().numpy())

@@ -1,0 +1,55 @@
+"""One door to every model: the embedded one, a model folder, a folder in the released format, or a hub id."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from openvision3.config import OpenVisionError
+from openvision3.hub.released import download, is_released_folder, load_released
+from openvision3.model.openvision3 import OpenVision3
+from openvision3.vae import FrozenVAE
+
+DEMO_FOLDER = Path(__file__).parents[1] / "weights" / "demo"
+
+
+def load(
+    name_or_path: str | Path = "demo",
+    vae: FrozenVAE | Literal["auto"] | None = "auto",
+    device: torch.device | str = "auto",
+    dtype: torch.dtype | None = None,
+) -> OpenVision3:
+    """Loads a model in eval mode: "demo", a folder, or a hub id such as "UCSC-VLAA/openvision3-vit-base-patch2-32".
+
+    vae "auto": the model's own; None: latents in, tokens out. device "auto": cuda, then mps, then cpu. dtype None:
+    fp32. Raises `OpenVisionError` with one line where the model can't be had or is broken.
+    """
+    device = default_device() if device == "auto" else device
+    folder = _folder(str(name_or_path))
+    if is_released_folder(folder):
+        return load_released(folder, vae, device, dtype)
+    return OpenVision3.load(folder, vae, device, dtype)
+
+
+def default_device() -> torch.device:
+    """cuda where there is one, then mps, then cpu."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _folder(name: str) -> Path:
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if name == "demo":
+        if not DEMO_FOLDER.is_dir():
+            raise OpenVisionError(
+                "this copy of openvision3 embeds no demo model; `ov3 train demo` makes one: pass its folder RUN/model"
+            )
+        return DEMO_FOLDER
+    if path.exists():
+        raise OpenVisionError(f"{name} is a file; a model is a folder")
+    if name.count("/") != 1 or name.startswith((".", "~", "/")):
+        raise OpenVisionError(f"{name} does not exist")
+    return download(name)

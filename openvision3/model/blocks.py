@@ -1,0 +1,255 @@
+"""Pre-norm transformer blocks, the two attention paths, activations and sine-cosine positions.
+
+Initialisation follows big_vision (google-research/big_vision, models/vit.py), on which OpenVision is built:
+Xavier-uniform matrices (queries, keys and values each on their own), biases near zero. Embeddings and learned tokens:
+normal, 0.02.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from openvision3.config import Activation, AttentionPath, OpenVisionError, TransformerConfig
+
+SIZES: dict[str, TransformerConfig] = {
+    "Ti": TransformerConfig(192, 12, 3),
+    "S": TransformerConfig(384, 12, 6),
+    "B": TransformerConfig(768, 12, 12),
+    "L": TransformerConfig(1024, 24, 16),
+    "So400m": TransformerConfig(1152, 27, 16, mlp_width=4304),  # head width 72
+    "H": TransformerConfig(1280, 32, 16),  # head width 80
+}
+"""The encoder family by name; head width is 64 where nothing else is said."""
+
+EMBEDDING_STD = 0.02
+
+_MATMUL_MAX_KEYS = 1024  # above, the score matrix costs more memory than the matmul path saves time
+
+KeyValue = tuple[Tensor, Tensor]
+"""Keys and values of one attention layer, each (B, heads, N, head width)."""
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """max(x, 0) squared: the cheapest activation here, for models trained from scratch (Primer, arXiv 2109.08668)."""
+    return F.relu(x).square()
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation, as JAX computes it by default."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu_squared": relu_squared,
+}
+
+
+def sincos_positions(grid: tuple[int, int], width: int, device: torch.device | str | None = None) -> Tensor:
+    """Fixed 2-D sine-cosine positions, row by row: (h * w, width) in fp32.
+
+    Frequencies are 10000^(-k / (width/4 - 1)); channels are sin x, cos x, sin y, cos y. Source: big_vision's
+    `posemb_sincos_2d` (MoCo v3), with which the released weights were trained. `width` must be a multiple of 4.
+    """
+    assert width % 4 == 0 and width > 4, width
+    height, columns = grid
+    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float32, device=device) / (width // 4 - 1))
+    y = torch.arange(height, dtype=torch.float32, device=device)[:, None] * frequency
+    x = torch.arange(columns, dtype=torch.float32, device=device)[:, None] * frequency
+    across = torch.cat([x.sin(), x.cos()], dim=-1).expand(height, columns, -1)
+    down = torch.cat([y.sin(), y.cos()], dim=-1)[:, None].expand(height, columns, -1)
+    return rearrange(torch.cat([across, down], dim=-1), "h w d -> (h w) d")
+
+
+def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Interpolates a learned position table (h * w, width) from one grid to another: bicubic, antialiased."""
+    picture = rearrange(table.float(), "(h w) d -> 1 d h w", h=old[0], w=old[1])
+    picture = F.interpolate(picture, size=new, mode="bicubic", antialias=True, align_corners=False)
+    return rearrange(picture, "1 d h w -> (h w) d")
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, path: AttentionPath) -> Tensor:
+    """Scaled dot-product attention: (B, heads, N, d) x (B, heads, M, d) -> (B, heads, N, d).
+
+    `mask` is boolean, broadcastable to (B, heads, N, M), true where a query may look. "matmul" writes the score matrix
+    out and "sdpa" calls the fused kernel; both compute the same. "auto" takes matmul on the CPU, whose fused kernel
+    has a backward pass that is several times slower at these sizes, and sdpa elsewhere and for long sequences.
+    """
+    if path == "auto":
+        path = "matmul" if query.device.type == "cpu" and key.shape[2] <= _MATMUL_MAX_KEYS else "sdpa"
+    if path == "sdpa":
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    # Softmax keeps the inputs' dtype (it accumulates in fp32 inside): autocast would copy the scores to fp32 and back.
+    with torch.autocast(query.device.type, enabled=False):
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        return scores.softmax(dim=-1) @ value
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one fused projection to queries, keys and values."""
+
+    def __init__(self, config: TransformerConfig, path: AttentionPath):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.path: AttentionPath = path
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.out = nn.Linear(config.width, config.width)
+        for part in self.qkv.weight.chunk(3):
+            nn.init.xavier_uniform_(part)
+        nn.init.normal_(self.qkv.bias, std=1e-6)
+        init_linear(self.out)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, first_query: int = 0, past: KeyValue | None = None
+    ) -> tuple[Tensor, KeyValue]:
+        """(B, N, W) -> the outputs of the positions from `first_query` on, and the keys and values including `past`."""
+        qkv = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        query, key, value = qkv.unbind(0)
+        if past is not None:
+            key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
+        if mask is not None and mask.shape[-2] > 1:
+            mask = mask[..., first_query:, :]
+        mixed = attend(query[:, :, first_query:], key, value, mask, self.path)
+        return self.out(rearrange(mixed, "b h n d -> b n (h d)")), (key, value)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of one sequence to another, whose keys and values can be computed once and kept."""
+
+    def __init__(self, config: TransformerConfig, context_width: int, path: AttentionPath):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.path: AttentionPath = path
+        self.query = nn.Linear(config.width, config.width)
+        self.key_value = nn.Linear(context_width, 2 * config.width)
+        self.out = nn.Linear(config.width, config.width)
+        init_linear(self.query)
+        for part in self.key_value.weight.chunk(2):
+            nn.init.xavier_uniform_(part)
+        nn.init.normal_(self.key_value.bias, std=1e-6)
+        init_linear(self.out)
+
+    def project(self, context: Tensor) -> KeyValue:
+        """(B, M, context width) -> keys and values."""
+        pair = rearrange(self.key_value(context), "b n (two h d) -> two b h n d", two=2, h=self.num_heads)
+        key, value = pair.unbind(0)
+        return key, value
+
+    def forward(self, x: Tensor, context: KeyValue) -> Tensor:
+        """(B, N, W) -> (B, N, W)"""
+        query = rearrange(self.query(x), "b n (h d) -> b h n d", h=self.num_heads)
+        return self.out(rearrange(attend(query, *context, None, self.path), "b h n d -> b n (h d)"))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an activation between."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        hidden = config.mlp_width or 4 * config.width
+        self.up, self.down = nn.Linear(config.width, hidden), nn.Linear(hidden, config.width)
+        self.activation = ACTIVATIONS[config.activation]
+        init_linear(self.up)
+        init_linear(self.down)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, W) -> (B, N, W)"""
+        return self.down(self.activation(self.up(x)))
+
+
+class Block(nn.Module):
+    """One pre-norm block: self-attention, optional cross-attention, MLP, each added to the residual stream."""
+
+    def __init__(self, config: TransformerConfig, path: AttentionPath, context_width: int = 0):
+        super().__init__()
+        self.norm_1 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.attention = SelfAttention(config, path)
+        self.norm_cross = nn.LayerNorm(config.width, eps=config.norm_eps) if context_width else None
+        self.cross = CrossAttention(config, context_width, path) if context_width else None
+        self.norm_2 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.mlp = Mlp(config)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None, first_query: int = 0
+    ) -> Tensor:
+        """(B, N, W) -> (B, N - first_query, W); `context` (B, M, C) where the block has cross-attention."""
+        cross = self.cross.project(context) if self.cross is not None and context is not None else None
+        return self.step(x, mask, cross, first_query)[0]
+
+    def step(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        cross: KeyValue | None = None,
+        first_query: int = 0,
+        past: KeyValue | None = None,
+    ) -> tuple[Tensor, KeyValue]:
+        """As `forward`, with projected context and the keys and values of earlier positions; returns these extended."""
+        mixed, kept = self.attention(self.norm_1(x), mask, first_query, past)
+        x = x[:, first_query:] + mixed
+        if self.cross is not None:
+            assert cross is not None and self.norm_cross is not None
+            x = x + self.cross(self.norm_cross(x), cross)
+        return x + self.mlp(self.norm_2(x)), kept
+
+
+class Transformer(nn.Module):
+    """A stack of blocks without embeddings or final norm. `checkpoint_blocks` recomputes each in the backward pass."""
+
+    def __init__(self, config: TransformerConfig, path: AttentionPath = "auto", context_width: int = 0):
+        super().__init__()
+        check_transformer(config)
+        self.config, self.context_width, self.checkpoint_blocks = config, context_width, False
+        self.blocks = nn.ModuleList(Block(config, path, context_width) for _ in range(config.depth))
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None, first_query: int = 0
+    ) -> Tensor:
+        """(B, N, W) -> (B, N - first_query, W).
+
+        The outputs of the positions before `first_query` are not needed by the caller; since they only matter as keys
+        and values, the last block does not compute them.
+        """
+        last = len(self.blocks) - 1
+        for index, block in enumerate(self.blocks):
+            first = first_query if index == last else 0
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x = checkpoint(block, x, mask, context, first, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, mask, context, first)
+        return x
+
+
+def init_linear(layer: nn.Linear) -> None:
+    """Xavier-uniform weight and a bias near zero, as big_vision's MLP and attention."""
+    nn.init.xavier_uniform_(layer.weight)
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias, std=1e-6)
+
+
+def init_projection(layer: nn.Linear | nn.Conv2d) -> None:
+    """Truncated normal of variance 1 / fan-in (flax's default for heads and patch embeddings), bias zero."""
+    std = layer.weight[0].numel() ** -0.5 / 0.87962566103423978  # the cut at two sigmas takes this off
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def check_transformer(config: TransformerConfig) -> None:
+    """Raises `OpenVisionError` where a stack of this size cannot be built."""
+    if min(config.width, config.depth, config.num_heads) < 1 or config.mlp_width < 0:
+        raise OpenVisionError(f"width, depth and num_heads must be positive, got {config}")
+    if config.width % config.num_heads or config.width % 4 or config.width < 8:
+        raise OpenVisionError(
+            f"width {config.width} must be a multiple of 4, at least 8, and divisible by num_heads {config.num_heads}"
+        )
+    if config.depth > 1000 or max(config.width, config.mlp_width) > 262144:
+        raise OpenVisionError(f"depth {config.depth} and width {config.width} are out of any sensible range")

@@ -1,0 +1,94 @@
+"""Greedy and beam search over the caption decoder, with its key-value cache."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from openvision3.config import OpenVisionError
+from openvision3.model.text import CaptionDecoder
+
+
+@torch.no_grad()
+def greedy_search(
+    decoder: CaptionDecoder, tokens: Tensor, bos_id: int, eos_id: int, max_length: int | None = None
+) -> Tensor:
+    """The most probable next token, again and again, until every caption of the batch has ended.
+
+    Image tokens (B, N, W_enc) -> ids (B, L): `[bos] words [eos]`, then padding; at most `max_length` (default and upper
+    limit: the context length) with [bos] and [eos].
+    """
+    pad_id, limit = decoder.config.pad_id, _limit(decoder, max_length)
+    state = decoder.start(tokens)
+    ids = torch.full((tokens.shape[0], 1), bos_id, dtype=torch.long, device=tokens.device)
+    finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
+    while ids.shape[1] < limit and not bool(finished.all()):
+        logits = _allowed(decoder.step(ids[:, -1], state), pad_id, bos_id)
+        following = logits.argmax(dim=-1).masked_fill(finished, pad_id)
+        ids = torch.cat([ids, following[:, None]], dim=1)
+        finished |= following == eos_id
+    return ids
+
+
+@torch.no_grad()
+def beam_search(
+    decoder: CaptionDecoder,
+    tokens: Tensor,
+    bos_id: int,
+    eos_id: int,
+    num_beams: int,
+    max_length: int | None = None,
+    length_penalty: float = 1.0,
+) -> Tensor:
+    """Keeps the `num_beams` best captions at every length; returns the best of each picture, as `greedy_search`.
+
+    Captions are ranked by log-probability / length ** length_penalty, length counted without [bos]. A finished caption
+    stays in its beam and competes on; the search stops when all beams of the batch have finished.
+    """
+    if num_beams < 1:
+        raise OpenVisionError(f"num_beams must be at least 1, got {num_beams}")
+    pad_id, limit, device = decoder.config.pad_id, _limit(decoder, max_length), tokens.device
+    batch = tokens.shape[0]
+    rows = torch.arange(batch, device=device)[:, None] * num_beams
+    state = decoder.start(tokens)
+    state.reorder(torch.arange(batch, device=device).repeat_interleave(num_beams))
+    ids = torch.full((batch * num_beams, 1), bos_id, dtype=torch.long, device=device)
+    finished = torch.zeros(batch, num_beams, dtype=torch.bool, device=device)
+    lengths = torch.zeros(batch, num_beams, device=device)
+    totals = torch.full((batch, num_beams), -math.inf, device=device)
+    totals[:, 0] = 0.0  # all beams are equal at first: go on from one of them
+    while ids.shape[1] < limit and not bool(finished.all()):
+        logits = _allowed(decoder.step(ids[:, -1], state).float(), pad_id, bos_id)
+        scores = logits.log_softmax(dim=-1).view(batch, num_beams, -1)
+        vocab = scores.shape[-1]
+        scores = scores.masked_fill(finished[..., None], -math.inf)
+        scores[..., pad_id] = torch.where(finished, 0.0, -math.inf)  # a finished caption goes on as itself
+        candidates = totals[..., None] + scores
+        following_lengths = lengths + (~finished).float()
+        ranking = candidates / following_lengths[..., None] ** length_penalty
+        best = ranking.view(batch, -1).topk(num_beams, dim=-1).indices
+        parent, word = best // vocab, best % vocab
+        totals = candidates.view(batch, -1).gather(1, best)
+        lengths = following_lengths.gather(1, parent)
+        index = (rows + parent).flatten()
+        state.reorder(index)
+        ids = torch.cat([ids[index], word.view(-1, 1)], dim=1)
+        finished = finished.gather(1, parent) | (word == eos_id)
+    winner = (totals / lengths.clamp(min=1) ** length_penalty).argmax(dim=-1)
+    return ids[rows[:, 0] + winner]
+
+
+def _limit(decoder: CaptionDecoder, max_length: int | None) -> int:
+    context = decoder.config.context_length
+    if max_length is None:
+        return context
+    if not 2 <= max_length <= context:
+        raise OpenVisionError(f"max_length must be from 2 to the context length {context}, got {max_length}")
+    return max_length
+
+
+def _allowed(logits: Tensor, pad_id: int, bos_id: int) -> Tensor:
+    """Rules out padding, which stands for a finished caption, and a second [bos]."""
+    logits = logits.clone()
+    logits[:, [pad_id, bos_id]] = -math.inf
+    return logits

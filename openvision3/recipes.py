@@ -1,0 +1,128 @@
+"""Named recipes: functions that return a run's whole configuration. `ov3 train RECIPE` runs one.
+
+Each docstring says what the recipe is for; figures of the shipped ones are in docs/RESULTS.md.
+"""
+
+from collections.abc import Callable
+
+from openvision3.config import (
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SceneConfig,
+    StageConfig,
+    TextDecoderConfig,
+    TextEncoderConfig,
+    TrainConfig,
+    TransformerConfig,
+    VAEConfig,
+    VAETrainConfig,
+)
+from openvision3.data.tokenizer import demo_tokenizer
+
+EPOCH = 1_280_000  # samples of one epoch, as the paper counts (ImageNet's size)
+
+
+def _demo_model(
+    name: str, width: int, encoder: int, decoder: int, text_encoder: int, text_decoder: int, text_length: int = 32
+) -> ModelConfig:
+    """A small model on the embedded VAE and the demo's vocabulary; depths by part, head width 64."""
+    tokenizer = demo_tokenizer()
+
+    def stack(depth: int) -> TransformerConfig:
+        # squared ReLU: a third of a CPU step goes to GELU and its gradient otherwise
+        return TransformerConfig(width, depth, max(1, width // 64), activation="relu_squared")
+
+    return ModelConfig(
+        name=name,
+        image_size=128,
+        embed_dim=width,
+        encoder=stack(encoder),
+        decoder=stack(decoder),
+        text_encoder=TextEncoderConfig(stack(text_encoder), tokenizer.vocab_size, text_length),
+        text_decoder=TextDecoderConfig(stack(text_decoder), tokenizer.vocab_size, text_length),
+        vae=VAEConfig(licence="MIT"),
+    )
+
+
+def quickstart() -> TrainConfig:
+    """A small encoder of 100 named things at 128 px, in about five minutes on two cores (what `ov3 quickstart` trains)."""
+    scenes = SceneConfig(
+        num_names=100, size_min=0.35, size_max=0.65, count_weights=(0.6, 0.4, 0.0, 0.0), max_rotation=5.0
+    )
+    return TrainConfig(
+        recipe="quickstart",
+        model=_demo_model("quickstart", width=192, encoder=4, decoder=2, text_encoder=2, text_decoder=2),
+        data=DataConfig(scenes=scenes),
+        loss=LossConfig(pixel_stride=8),
+        optimizer=OptimizerConfig(weight_decay=0.05),
+        stage1=StageConfig(resolution=128, samples=24_000, warmup_samples=1_600, batch_size=32, base_lr=8e-3),
+        stage2=StageConfig(
+            resolution=128, samples=4_000, warmup_samples=320, batch_size=32, base_lr=2e-3, lpips_weight=0.5
+        ),
+        log_every=10,
+    )
+
+
+def demo() -> TrainConfig:
+    """The demo model: all 494 named things, 128 px, within two hours on two cores."""
+    return TrainConfig(
+        recipe="demo",
+        model=_demo_model("demo", width=192, encoder=6, decoder=4, text_encoder=4, text_decoder=4),
+        data=DataConfig(scenes=SceneConfig(size_min=0.2, size_max=0.65)),
+        loss=LossConfig(pixel_stride=8),
+        optimizer=OptimizerConfig(weight_decay=0.05),
+        stage1=StageConfig(resolution=128, samples=300_000, warmup_samples=10_000, batch_size=96, base_lr=4e-3),
+        stage2=StageConfig(
+            resolution=128, samples=40_000, warmup_samples=2_000, batch_size=96, base_lr=4e-4, lpips_weight=0.5
+        ),
+        eval_every=50_000,
+        checkpoint_every=10_000,
+    )
+
+
+def demo_vae() -> VAETrainConfig:
+    """The embedded tiny VAE (8x, 16 channels), within an hour on two cores."""
+    return VAETrainConfig(recipe="demo_vae")
+
+
+def paper_b16() -> TrainConfig:
+    """OpenVision 3 ViT-B/16 as published: 4000 + 400 epochs at 128 then 256 px. A cluster's work; try --dry-run.
+
+    FLUX.1's VAE, BERT's vocabulary, Recap-DataComp tars under data/recap-datacomp (`jpg`, `txt`, `json` with the field
+    `re_caption`). Source: OpenVision 3, section 3 and its table of hyperparameters; what it leaves open follows
+    OpenVision 1 (text towers, optimizer) or is ours (see docs/METHOD.md).
+    """
+    return TrainConfig(
+        recipe="paper_b16",
+        model=ModelConfig(
+            name="openvision3-vit-base-patch2",
+            vae=VAEConfig(
+                kind="diffusers",
+                source="black-forest-labs/FLUX.1-schnell",
+                latent_scale=0.3611,
+                latent_shift=0.0,
+                licence="Apache-2.0",
+            ),
+        ),
+        data=DataConfig(
+            source="data/recap-datacomp", caption_field="re_caption", crop_min_area=0.4, num_workers=8
+        ),
+        stage1=StageConfig(128, 4000 * EPOCH, 40 * EPOCH, 8192, 8e-6),
+        stage2=StageConfig(256, 400 * EPOCH, 20 * EPOCH, 4096, 4e-7, lpips_weight=0.5),
+        micro_batch=256,
+        checkpoint_blocks=True,
+        log_every=50,
+        eval_every=50 * EPOCH,
+        checkpoint_every=10 * EPOCH,
+        keep_checkpoints=3,
+    )
+
+
+RECIPES: dict[str, Callable[[], TrainConfig | VAETrainConfig]] = {
+    "quickstart": quickstart,
+    "demo": demo,
+    "demo_vae": demo_vae,
+    "paper_b16": paper_b16,
+}

@@ -1,0 +1,1 @@
+"""Training of the unified encoder: `loop.train` is the place to start reading."""

@@ -1,0 +1,171 @@
+"""What a recipe would do, without doing it: sizes, FLOPs, memory, steps, peak rates, and what is missing."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from openvision3 import assets
+from openvision3.config import OpenVisionError, TrainConfig, VAETrainConfig, to_dict
+from openvision3.data.shards import expand
+from openvision3.model.openvision3 import OpenVision3
+from openvision3.training.checkpoint import checkpoint_step, checkpoints
+from openvision3.training.memory import STATE_BYTES, activation_bytes
+from openvision3.training.precision import Precision, resolve_device
+from openvision3.training.setup import BERT_VOCABULARY, run_folder
+from openvision3.training.stages import Stage, plan, validate
+from openvision3.vae import TINY_FOLDER, FrozenVAE, load_vae
+
+
+def dry_run(config: TrainConfig | VAETrainConfig, device: str = "auto") -> str:
+    """The text that `ov3 train RECIPE --dry-run` prints. Nothing is written, fetched or trained.
+
+    Raises `OpenVisionError` for a recipe that can't run whatever is there.
+    """
+    place = resolve_device(device)
+    lines = [json.dumps(to_dict(config), indent=2), ""]
+    if isinstance(config, VAETrainConfig):
+        return "\n".join([*lines, *_vae_lines(config)])
+    validate(config)
+    missing = list(missing_parts(config))
+    vae = _vae_on_disk(config)
+    with torch.device("meta"):
+        model = OpenVision3(config.model)
+    stages = plan(config)
+    lines += [f"recipe {config.recipe}, in {run_folder(config)}, on {place}", ""]
+    lines += _part_lines(model, vae, stages)
+    for stage in stages:
+        lines += ["", *_stage_lines(config, stage, model, vae, place)]
+    saved = checkpoints(run_folder(config) / "checkpoints")
+    if saved:
+        lines += ["", f"would resume after step {checkpoint_step(saved[-1]):,}"]
+    lines += ["", *[f"missing: {line}" for line in missing]] if missing else ["", "nothing is missing"]
+    return "\n".join(lines)
+
+
+def missing_parts(config: TrainConfig) -> Iterator[str]:
+    """One line for each thing that the run needs and that is not on this machine, and where it would come from."""
+    if config.data.source != "demo":
+        try:
+            expand(config.data.source)
+        except OpenVisionError as error:
+            yield f"data: {error}"
+    if config.init and not (Path(config.init) / "config.json").is_file():
+        yield f"init: {config.init} is not a model folder"
+    if config.model.input == "latents":
+        yield from _missing_vae(config)
+    texts = (config.model.text_encoder, config.model.text_decoder)
+    if any(part is not None and part.vocab_size == BERT_VOCABULARY for part in texts):
+        yield from _missing_asset("bert-vocab", "the tokenizer's vocabulary")
+    if any(stage.lpips_weight > 0 for stage in config.stages):
+        yield from _missing_asset(f"lpips-{config.loss.lpips_net}", "LPIPS weights")
+
+
+def _missing_asset(name: str, what: str) -> Iterator[str]:
+    if not assets.cached_path(name).is_file():
+        yield f"{what}: asset {name} is not in the cache; the run fetches it (or `ov3 assets fetch {name}`)"
+
+
+def _missing_vae(config: TrainConfig) -> Iterator[str]:
+    vae = config.model.vae
+    if vae.kind == "tiny":
+        folder = TINY_FOLDER if vae.source == "embedded" else Path(vae.source)
+        if not (folder / "model.safetensors").is_file():
+            yield f"VAE: {folder} holds no tiny VAE; `ov3 train demo_vae` makes one"
+    elif not Path(vae.source).is_dir() and not _in_hub_cache(vae.source):
+        yield f"VAE: {vae.source} is neither a folder nor in the hub's cache; the run fetches it from the hub"
+
+
+def _in_hub_cache(source: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        return any(isinstance(try_to_load_from_cache(source, f"{sub}config.json"), str) for sub in ("", "vae/"))
+    except ValueError:  # not a hub id
+        return False
+
+
+def _vae_on_disk(config: TrainConfig) -> FrozenVAE | None:
+    if config.model.input == "pixels" or any(_missing_vae(config)):
+        return None
+    try:
+        return load_vae(config.model.vae)
+    except OpenVisionError:
+        return None
+
+
+def _part_lines(model: OpenVision3, vae: FrozenVAE | None, stages: list[Stage]) -> list[str]:
+    """A table: part, parameters, forward GFLOPs of a sample at each stage's resolution."""
+    if vae is not None:
+        model.attach_vae(vae)
+    parameters = model.num_parameters()
+    flops = [model.flops(stage.config.resolution) for stage in stages]
+    lines = [f"{'part':<14}{'parameters':>14}" + "".join(f"{_at(stage):>20}" for stage in stages)]
+    for name in dict.fromkeys([*parameters, *flops[0]]):
+        count = f"{parameters[name]:,}" if name in parameters else ""
+        cells = (f"{found[name] / 1e9:,.2f}" if name in found else "" for found in flops)
+        lines.append(f"{name:<14}{count:>14}" + "".join(f"{cell:>20}" for cell in cells))
+    trained = sum(count for name, count in parameters.items() if name != "vae")
+    return [*lines, f"{'trained':<14}{trained:>14,}"]
+
+
+def _at(stage: Stage) -> str:
+    return f"GFLOPs at {stage.config.resolution} px"
+
+
+def _stage_lines(
+    config: TrainConfig, stage: Stage, model: OpenVision3, vae: FrozenVAE | None, device: torch.device
+) -> list[str]:
+    settings = stage.config
+    samples = stage.steps * settings.batch_size
+    micro = min(config.micro_batch or settings.batch_size, settings.batch_size)
+    work = training_flops(config, model.flops(settings.resolution), two_passes=micro < settings.batch_size)
+    precision: Precision = "fp32" if config.precision == "fp32" else "bf16"
+    kept = activation_bytes(config, settings.resolution, device, precision, vae)
+    weights = sum(count for name, count in model.num_parameters().items() if name != "vae") * STATE_BYTES
+    sample = sum(kept.values())
+    by_part = ", ".join(f"{name} {_bytes(count)}" for name, count in kept.items())
+    without = "" if vae is not None or config.model.input == "pixels" else ", without the VAE, which is not here"
+    return [
+        f"stage {stage.number}: {settings.resolution} px, {stage.steps:,} steps of {settings.batch_size:,} samples "
+        f"({micro:,} at a time), {samples:,} samples",
+        f"  peak rate {settings.peak_lr:.3g} (base {settings.base_lr:.3g} x {settings.batch_size:,} / 256), "
+        f"warm-up over {settings.warmup_samples:,} samples, cosine to 0; lambda {settings.lpips_weight:g}",
+        f"  training FLOPs: about {work / 1e9:,.1f} G a sample, {work * samples:.3g} in the stage{without}",
+        f"  memory a sample: about {_bytes(sample)} in {precision} ({by_part}){without}",
+        f"  memory of the step: about {_bytes(weights + sample * micro)} "
+        f"({_bytes(weights)} weights and optimizer, {_bytes(sample * micro)} activations)",
+    ]
+
+
+def training_flops(config: TrainConfig, forward: dict[str, float], two_passes: bool) -> float:
+    """FLOPs of one training sample from those of the forward passes; LPIPS, norms and activations are not counted.
+
+    A backward pass costs twice its forward; through the frozen VAE decoder, whose weights take no gradient, once.
+    """
+    repeats = 3.0 + config.checkpoint_blocks  # forward, backward, and the blocks again
+    first_pass = float(two_passes)  # the features for the contrastive loss
+    weights = {
+        "encoder": repeats + first_pass,
+        "decoder": repeats,
+        "text_encoder": 2 * (repeats + first_pass),  # two texts an image
+        "text_decoder": repeats,
+        "vae_encoder": 1.0,
+        "vae_decoder": 2.0 / config.loss.pixel_stride,
+    }
+    return sum(weights[name] * flops for name, flops in forward.items())
+
+
+def _vae_lines(config: VAETrainConfig) -> list[str]:
+    steps = config.samples // config.batch_size
+    lines = [
+        f"recipe {config.recipe}: {steps:,} steps of {config.batch_size:,} samples at {config.resolution} px",
+        f"peak rate {config.peak_lr:.3g}, warm-up over {config.warmup_samples:,} samples, cosine to 0",
+    ]
+    missing = _missing_asset("lpips-alex", "LPIPS weights") if config.lpips_weight else ()
+    return [*lines, *(f"missing: {line}" for line in missing)]
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"

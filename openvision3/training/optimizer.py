@@ -1,0 +1,67 @@
+"""AdamW on the right parameters, and the learning rate as a function of samples seen."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from openvision3.config import OptimizerConfig
+
+# Parts of a parameter's own name that mark it as a learned token or position, which no decay pulls to zero.
+_TOKEN_NAMES = ("embedding", "position", "token", "query", "logit_scale")
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Splits the trainable parameters into one group with decay and one without.
+
+    Decay falls on weight matrices (and convolution kernels) only: not on biases, norms, embeddings (also where an
+    embedding is tied to an output layer), the temperature, or learned tokens and positions. Frozen parameters are in
+    neither. Order: the module's own, so that it is the same in every process. (OpenVision's training code.)
+    """
+    embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        own_name = name.rpartition(".")[2]
+        is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
+        is_matrix = is_matrix and not any(part in own_name for part in _TOKEN_NAMES)
+        (decayed if is_matrix else undecayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW with decoupled decay, scaled by the learning rate; set that by `set_learning_rate` before each step."""
+    return adamw(module, config.beta1, config.beta2, config.eps, config.weight_decay)
+
+
+def adamw(module: nn.Module, beta1: float, beta2: float, eps: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups(module, weight_decay)`, in the fused implementation where the device has one."""
+    groups = parameter_groups(module, weight_decay)
+    kinds = {parameter.device.type for group in groups for parameter in group["params"]}
+    return torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), eps=eps, fused=kinds <= {"cpu", "cuda"})
+
+
+def warmup_cosine(samples_seen: float, warmup: float, total: float) -> float:
+    """The learning rate as a fraction of its peak: linear from 0 over `warmup` samples, then cosine to 0 at `total`."""
+    if samples_seen < warmup:
+        return samples_seen / warmup
+    progress = (samples_seen - warmup) / max(total - warmup, 1.0)
+    return 0.5 * (1.0 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Sets the rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def clip_gradients(module: nn.Module, clip_norm: float) -> Tensor:
+    """Scales all gradients so that their global norm is at most `clip_norm` (0: no clipping).
+
+    Returns the norm before clipping, a scalar on the device (no wait for it).
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
+    return nn.utils.clip_grad_norm_(parameters, clip_norm if clip_norm > 0 else math.inf)

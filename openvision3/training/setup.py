@@ -1,0 +1,153 @@
+"""What a run needs before its first step: model, tokenizer, data, objective, precision."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from openvision3.config import ModelConfig, OpenVisionError, TrainConfig
+from openvision3.data.batches import Batch, BatchStream
+from openvision3.data.shards import open_source
+from openvision3.data.tokenizer import CaptionTokenizer, bert_tokenizer, demo_tokenizer
+from openvision3.evaluation.perceptual import load_lpips
+from openvision3.model.openvision3 import OpenVision3
+from openvision3.training.checkpoint import named_tensors
+from openvision3.training.precision import Precision, choose_precision
+from openvision3.training.run_folder import record_environment, recorded_environment
+from openvision3.training.stages import Stage
+from openvision3.training.step import Objective
+from openvision3.vae import load_vae
+
+FROZEN = ("model.vae.",)  # comes from its own file, so it is no part of a checkpoint
+TRIAL_SAMPLES = 64  # at most, in the steps that are timed to choose the precision
+BERT_VOCABULARY = 30522
+PICTURES = 8  # shown at each evaluation
+
+
+def run_folder(config: TrainConfig) -> Path:
+    """Where a run lives: `config.out`, or runs/RECIPE."""
+    return Path(config.out) if config.out else Path("runs") / config.recipe
+
+
+def build_tokenizer(config: ModelConfig) -> CaptionTokenizer | None:
+    """The tokenizer whose vocabulary the model's text towers have; None for a model without any.
+
+    Raises `OpenVisionError` where there is no such tokenizer.
+    """
+    sizes = {part.vocab_size for part in (config.text_encoder, config.text_decoder) if part is not None}
+    if not sizes:
+        return None
+    if sizes == {BERT_VOCABULARY}:
+        return bert_tokenizer()
+    tokenizer = demo_tokenizer()
+    if sizes != {tokenizer.vocab_size}:
+        raise OpenVisionError(
+            f"the text towers have vocab_size {' and '.join(map(str, sorted(sizes)))}: expected {tokenizer.vocab_size} "
+            f"(the demo's tokenizer) or {BERT_VOCABULARY} (BERT uncased) in both"
+        )
+    return tokenizer
+
+
+def build_model(config: TrainConfig, device: torch.device, random: bool = True) -> OpenVision3:
+    """The model on its device, with its frozen VAE and tokenizer.
+
+    Weights are a function of `config.seed`, or come from `config.init`; with `random` off they are yet to be loaded.
+    """
+    vae = load_vae(config.model.vae) if config.model.input == "latents" else None
+    torch.manual_seed(config.seed)
+    model = OpenVision3(config.model, vae, build_tokenizer(config.model))
+    if random and config.init:
+        copy_weights(OpenVision3.load(config.init, vae=None), model, config.init)
+    model.set_checkpointing(config.checkpoint_blocks)
+    return model.to(device).train()
+
+
+def copy_weights(source: OpenVision3, target: OpenVision3, name: str) -> None:
+    """Copies `source`'s weights, all but the VAE's; raises `OpenVisionError` for parts or shapes that differ."""
+    stored, wanted = named_tensors({"model": source}, FROZEN), named_tensors({"model": target}, FROZEN)
+    for key in sorted(stored.keys() ^ wanted.keys()):
+        verb = "lacks" if key in wanted else "has"
+        raise OpenVisionError(f"init: {name} {verb} {key[6:]}, unlike the recipe's model {target.config.name!r}")
+    with torch.no_grad():
+        for key, tensor in wanted.items():
+            if tensor.shape != stored[key].shape:
+                shapes = f"{tuple(stored[key].shape)}, expected {tuple(tensor.shape)}"
+                raise OpenVisionError(f"init: {name} has {key[6:]} of shape {shapes}")
+            tensor.copy_(stored[key])
+
+
+def build_objective(config: TrainConfig, stage: Stage, model: OpenVision3, precision: Precision) -> Objective:
+    """Eq. 6 of a stage. LPIPS is loaded only where the stage's lambda is not 0."""
+    weight = stage.config.lpips_weight
+    perceptual = load_lpips(config.loss.lpips_net).to(model.device) if weight > 0 else None
+    return Objective(
+        model, config.loss, weight, perceptual, seed=config.seed, micro_batch=config.micro_batch, precision=precision
+    )
+
+
+def settle_precision(config: TrainConfig, folder: Path, model: OpenVision3, stage: Stage) -> Precision:
+    """The run's precision: as configured, or the faster by trial; recorded at the first start, kept at each resume."""
+    recorded = recorded_environment(folder)
+    if recorded is not None and recorded.get("precision") in ("bf16", "fp32"):
+        return recorded["precision"]
+    trial = trial_batch(config, stage)
+
+    def run_step(precision: Precision) -> None:
+        build_objective(config, stage, model, precision).backward(trial)
+        model.zero_grad()
+
+    precision = choose_precision(config.precision, model.device, run_step)
+    record_environment(folder, model.device, precision=precision)
+    return precision
+
+
+def trial_batch(config: TrainConfig, stage: Stage) -> Batch:
+    """A batch of noise with full-length texts, for timing one forward pass of a stage."""
+    side = stage.config.resolution
+    size = min(stage.config.batch_size, config.micro_batch or TRIAL_SAMPLES, TRIAL_SAMPLES)
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(length: int, vocab_size: int) -> Tensor:
+        return torch.randint(1, vocab_size, (size, length), generator=generator)
+
+    text, caption = config.model.text_encoder, config.model.text_decoder
+    contrastive = (text.context_length, text.vocab_size) if text else (2, 2)
+    images = torch.randint(0, 256, (size, 3, side, side), generator=generator, dtype=torch.uint8)
+    return Batch(
+        list(range(size)),
+        [""] * size,
+        images,
+        ids(*contrastive),
+        ids(*contrastive),
+        ids(caption.context_length, caption.vocab_size) if caption else ids(2, 2),
+        captions=[""] * size,
+    )
+
+
+def open_stream(config: TrainConfig, stage: Stage, step: int, tokenizer: CaptionTokenizer | None) -> BatchStream:
+    """The batches of a stage after `step`. Positions count over the whole run: stage 2 goes on where 1 stopped."""
+    text, caption = config.model.text_encoder, config.model.text_decoder
+    resolution = stage.config.resolution
+    return BatchStream(
+        open_source(config.data, "train", resolution),
+        tokenizer,
+        resolution,
+        stage.config.batch_size,
+        start=stage.samples_seen(step),
+        stop=stage.last_sample,
+        contrastive_length=text.context_length if text else 0,
+        caption_length=caption.context_length if caption else 0,
+        crop_min_area=config.data.crop_min_area,
+        num_workers=config.data.num_workers,
+        seed=config.data.seed,
+        max_bad_fraction=config.data.max_bad_fraction,
+    )
+
+
+def picture_pixels(config: TrainConfig, resolution: int) -> Tensor:
+    """Whole pictures to look at, uint8 (8, 3, R, R): of the held-out split, or the first of the tars."""
+    source = open_source(config.data, "val", resolution)
+    stream = BatchStream(
+        source, None, resolution, PICTURES, start=0, stop=PICTURES, contrastive_length=0, caption_length=0
+    )
+    return next(iter(stream)).images

@@ -1,0 +1,244 @@
+"""The losses of one global batch and their gradient (OpenVision 3, Eqs. 3-6).
+
+A batch may go through the model in micro-batches; the losses stay those of the whole batch. Sums are divided by the
+whole batch's counts, the noise of a sample depends on its position alone, and the contrastive loss, which compares
+every image with every text, takes two passes: the first collects the features of all samples without a graph, the loss
+gives the gradient of each feature, and the second pass carries it on into the towers.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from openvision3 import losses
+from openvision3.config import LossConfig
+from openvision3.data.batches import Batch
+from openvision3.evaluation.perceptual import Perceptual
+from openvision3.model.openvision3 import OpenVision3
+from openvision3.training.noise import draw_noise
+from openvision3.training.precision import Precision, autocast
+from openvision3.vae import FrozenVAE
+
+Losses = dict[str, Tensor]  # by part, scalars
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Consecutive samples of a batch, on the device."""
+
+    start: int  # of its first sample, within the batch
+    positions: list[int]  # within the run, which the noise depends on
+    images: Tensor  # (M, 3, R, R) in [-1, 1]
+    latents: Tensor | None  # (M, C, h, w) scaled VAE latents; None for a model on pixels
+    alt_ids: Tensor  # (M, Lc)
+    caption_text_ids: Tensor  # (M, Lc)
+    caption_ids: Tensor  # (M, Ld)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Denominators of the whole batch's means."""
+
+    samples: int
+    compared: int  # pictures whose pixels are decoded and compared
+    target_tokens: int  # caption tokens to predict
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the contrastive loss compares: (M, E) each, L2-normalised, fp32."""
+
+    image: Tensor
+    alt: Tensor
+    caption_text: Tensor
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.image, self.alt, self.caption_text
+
+
+class Objective:
+    """Eq. 6 of a model, and its gradient, for global batches.
+
+    `lpips_weight` is the stage's lambda, and `perceptual` LPIPS on the model's device (None where lambda is 0). `seed`
+    is the noise's. `micro_batch` is the number of samples a forward pass (0: the whole batch).
+    """
+
+    def __init__(
+        self,
+        model: OpenVision3,
+        config: LossConfig,
+        lpips_weight: float = 0.0,
+        perceptual: Perceptual | None = None,
+        *,
+        seed: int = 0,
+        micro_batch: int = 0,
+        precision: Precision = "fp32",
+    ) -> None:
+        assert (perceptual is None) == (lpips_weight == 0)
+        self.model, self.config, self.lpips_weight, self.perceptual = model, config, lpips_weight, perceptual
+        self.seed, self.micro_batch = seed, micro_batch
+        self.precision: Precision = precision
+        self.device = model.device
+
+    def backward(self, batch: Batch) -> Losses:
+        """Adds the gradient of Eq. 6 over `batch` to the parameters' `.grad`; records the tokens' rms in the model.
+
+        Returns every loss by part, and temperature and rms, as detached scalars on the device: nothing waits for it.
+        """
+        counts = self._counts(batch)
+        parts = list(self._micro_batches(batch))
+        one = len(parts) == 1
+        found = self._backward_whole(parts[0], counts) if one else self._backward_parts(parts, counts)
+        with torch.no_grad():
+            summary = self._combine(found)
+        record = {"temperature": self.model.temperature(), "token_rms": self.model.token_rms}
+        return {name: value.detach().clone() for name, value in {**found, **summary, **record}.items()}
+
+    def _backward_whole(self, batch: MicroBatch, counts: Counts) -> Losses:
+        with autocast(self.device, self.precision):
+            tokens = self._encode(batch)
+            rms = self._record_rms(losses.root_mean_square(tokens))
+            found = self._sample_losses(batch, tokens, rms, counts)
+            features = self._features(batch, tokens)
+        found |= self._contrastive(features)
+        self._combine(found)["total"].backward()
+        return found
+
+    def _backward_parts(self, parts: list[MicroBatch], counts: Counts) -> Losses:
+        mean_square = torch.zeros((), device=self.device)
+        collected: list[Features] = []
+        for part in parts:
+            # A cast made by autocast without a graph must not be reused with one: each pass has its own context.
+            with torch.no_grad(), autocast(self.device, self.precision):
+                tokens = self._encode(part)
+                mean_square += tokens.float().square().mean() * (len(tokens) / counts.samples)
+                features = self._features(part, tokens)
+            if features is not None:
+                collected.append(features)
+        rms = self._record_rms(mean_square.sqrt())
+        found, gradients = self._contrastive_gradients(collected)
+        for number, part in enumerate(parts):
+            with autocast(self.device, self.precision):
+                tokens = self._encode(part)
+                shares = self._sample_losses(part, tokens, rms, counts)
+                features = self._features(part, tokens)
+            objective = self._combine(shares)["total"]
+            if features is not None:
+                pairs = zip(features.tensors(), gradients[number], strict=True)
+                objective = objective + sum((feature * gradient).sum() for feature, gradient in pairs)
+            objective.backward()
+            for name, value in shares.items():
+                found[name] = found.get(name, 0) + value.detach()
+        return found
+
+    def _contrastive_gradients(self, collected: list[Features]) -> tuple[Losses, list[tuple[Tensor, ...]]]:
+        """The whole batch's contrastive loss, and Eq. 6's gradient by each micro-batch's features.
+
+        The temperature's gradient is added to the parameter here, once.
+        """
+        if not collected:
+            return {}, []
+        columns = zip(*(features.tensors() for features in collected), strict=True)
+        leaves = [torch.cat(column).requires_grad_() for column in columns]
+        found = self._contrastive(Features(*leaves))
+        self._combine(found)["total"].backward()
+        sizes = [len(features.image) for features in collected]
+        gradients = [leaf.grad.split(sizes) for leaf in leaves if leaf.grad is not None]
+        assert len(gradients) == len(leaves)
+        return {name: value.detach() for name, value in found.items()}, list(zip(*gradients, strict=True))
+
+    def _counts(self, batch: Batch) -> Counts:
+        samples = len(batch.positions)
+        targets = 0
+        if self.model.config.text_decoder is not None:
+            targets = int((batch.caption_ids[:, 1:] != self.model.config.text_decoder.pad_id).sum())
+        return Counts(samples, len(range(0, samples, self.config.pixel_stride)), targets)
+
+    def _micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:
+        samples = len(batch.positions)
+        size = self.micro_batch or samples
+        for start in range(0, samples, size):
+            part = slice(start, start + size)
+            images, alt_ids, caption_text_ids, caption_ids = (
+                self._to_device(tensor[part])
+                for tensor in (batch.images, batch.alt_ids, batch.caption_text_ids, batch.caption_ids)
+            )
+            images = images.float() / 127.5 - 1
+            latents = None
+            if self.model.config.input == "latents":
+                with torch.no_grad(), autocast(self.device, self.precision):
+                    latents = self._vae.encode(images).float()
+            yield MicroBatch(start, batch.positions[part], images, latents, alt_ids, caption_text_ids, caption_ids)
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        pinned = tensor.pin_memory() if self.device.type == "cuda" else tensor  # else the copy would wait
+        return pinned.to(self.device, non_blocking=True)
+
+    @property
+    def _vae(self) -> FrozenVAE:
+        assert self.model.vae is not None
+        return self.model.vae
+
+    def _encode(self, batch: MicroBatch) -> Tensor:
+        return self.model.encode(batch.images) if batch.latents is None else self.model.encode_latents(batch.latents)
+
+    def _record_rms(self, rms: Tensor) -> Tensor:
+        """Keeps the rms of the whole batch's tokens in the model, for those who add noise later."""
+        self.model.token_rms.copy_(rms)
+        return rms
+
+    def _features(self, batch: MicroBatch, tokens: Tensor) -> Features | None:
+        if self.model.config.text_encoder is None:
+            return None
+        texts = self.model.embed_text_ids(torch.cat([batch.alt_ids, batch.caption_text_ids]))
+        alt, caption_text = texts.float().chunk(2)
+        return Features(self.model.pool(tokens).float(), alt, caption_text)
+
+    def _contrastive(self, features: Features | None) -> Losses:
+        """Mean of the losses against an image's two texts (OpenVision 1), in fp32."""
+        if features is None:
+            return {}
+        image, *texts = features.tensors()
+        pair = [losses.contrastive_loss(image, text, self.model.temperature()) for text in texts]
+        return {"contrastive": torch.stack(pair).mean()}
+
+    def _sample_losses(self, batch: MicroBatch, tokens: Tensor, rms: Tensor, counts: Counts) -> Losses:
+        """This micro-batch's share of the whole batch's reconstruction and caption losses."""
+        found: Losses = {}
+        if self.model.config.decoder is not None:
+            found |= self._reconstruction(batch, tokens, rms, counts)
+        if self.model.config.text_decoder is not None:
+            logits = self.model.caption_logits(tokens, batch.caption_ids)
+            pad_id = self.model.config.text_decoder.pad_id
+            found["caption"] = losses.caption_loss(logits, batch.caption_ids[:, 1:], pad_id, counts.target_tokens)
+        return found
+
+    def _reconstruction(self, batch: MicroBatch, tokens: Tensor, rms: Tensor, counts: Counts) -> Losses:
+        """Eq. 4's parts, from noisy tokens; pixels of every n-th sample of the whole batch, not of each micro-batch."""
+        model, found, stride = self.model, {}, self.config.pixel_stride
+        sigma, epsilon = draw_noise(self.seed, batch.positions, tokens.shape[1:], model.config.noise_tau, self.device)
+        noisy = losses.add_noise(tokens, sigma, epsilon, rms if model.config.noise_relative else 1.0)
+        chosen = slice(-batch.start % stride, None, stride)
+        images = batch.images[chosen]
+        if batch.latents is None:
+            images_hat = model.decode(noisy)[chosen]
+        else:
+            latents_hat = model.decode_latents(noisy)
+            found["latent_l1"] = losses.latent_l1(latents_hat, batch.latents, counts.samples)
+            images_hat = self._vae.decode(latents_hat[chosen]) if len(images) else images
+        found["pixel_l1"] = losses.pixel_l1(images_hat, images, counts.compared)
+        if self.perceptual is not None and len(images):
+            found["lpips"] = losses.perceptual_loss(self.perceptual, images_hat, images, counts.compared)
+        return found
+
+    def _combine(self, found: Losses) -> Losses:
+        """Eqs. 4-6 over whichever parts are there."""
+        config, zero = self.config, torch.zeros((), device=self.device)
+        pixel, latent, lpips = (found.get(name, zero) for name in ("pixel_l1", "latent_l1", "lpips"))
+        caption, contrastive = (found.get(name, zero) for name in ("caption", "contrastive"))
+        reconstruction = losses.reconstruction_loss(pixel, latent, lpips, config.beta, self.lpips_weight)
+        understanding = losses.understanding_loss(caption, contrastive, config.alpha)
+        total = losses.total_loss(reconstruction, understanding, config.omega_rec, config.omega_und)
+        return {"reconstruction": reconstruction, "understanding": understanding, "total": total}

@@ -1,0 +1,260 @@
+"""Any autoencoder of diffusers as a frozen VAE, from a folder or a hub id; FLUX.1's first.
+
+Latent conventions (a trap): diffusers uses FLUX.1's latents as `(z - 0.1159) * 0.3611`, while OpenVision 3's released
+weights were trained on `z * 0.3611`. The convention is a pair of fields of `VAEConfig`, never read from the autoencoder
+at run time. TAEF1, the small stand-in for FLUX.1's VAE, gives `(z - 0.1159) * 0.3611` already: see `taef1_config`.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from openvision3.config import OpenVisionError, VAEConfig
+from openvision3.vae import FrozenVAE
+
+FLUX_SCALE = 0.3611
+FLUX_SHIFT = 0.1159
+FLUX_SOURCE = "black-forest-labs/FLUX.1-schnell"
+# Of vae/diffusion_pytorch_model.safetensors: the same file in FLUX.1-schnell (Apache-2.0) and FLUX.1-dev.
+FLUX_SHA256 = "f5b59a26851551b67ae1fe58d32e76486e1e812def4696a4bea97f16604d40a3"
+FLUX_LICENCE = "Apache-2.0 (as part of FLUX.1-schnell; FLUX.1-dev, which has the same file, is non-commercial)"
+
+_CONFIG = "config.json"
+_WEIGHTS = "diffusion_pytorch_model"
+_HUB_FILES = [f"{folder}{name}" for folder in ("", "vae/") for name in (_CONFIG, f"{_WEIGHTS}*.safetensors*")]
+
+
+def flux_config(convention: str = "released", source: str = FLUX_SOURCE) -> VAEConfig:
+    """FLUX.1's VAE (16 channels, 8x) with the latent convention of OpenVision 3's "released" weights or of "diffusers".
+
+    source: a hub id, or a folder with `config.json` and the weights, itself or in its subfolder `vae`. The weights'
+    sha256 is checked. Raises `OpenVisionError` for another convention.
+    """
+    if convention not in ("released", "diffusers"):
+        raise OpenVisionError(f"unknown latent convention {convention!r}: it is 'released' or 'diffusers'")
+    shift = 0.0 if convention == "released" else FLUX_SHIFT
+    return VAEConfig("diffusers", source, 16, 8, FLUX_SCALE, shift, FLUX_SHA256, FLUX_LICENCE)
+
+
+def taef1_config(convention: str = "released", source: str = "madebyollin/taef1") -> VAEConfig:
+    """TAEF1 (a 2.5 M parameter approximation of FLUX.1's VAE) in the same two conventions as `flux_config`.
+
+    Its latents are already `(z - 0.1159) * 0.3611`, so that the released convention adds 0.1159 * 0.3611 to them.
+    """
+    if convention not in ("released", "diffusers"):
+        raise OpenVisionError(f"unknown latent convention {convention!r}: it is 'released' or 'diffusers'")
+    shift = -FLUX_SHIFT * FLUX_SCALE if convention == "released" else 0.0
+    return VAEConfig("diffusers", source, 16, 8, 1.0, shift, "", "MIT")
+
+
+def read_config(source: str) -> VAEConfig:
+    """The config of the autoencoder at `source` (folder or hub id), with the convention that diffusers states for it.
+
+    Channels and factor come from its `config.json`, as do `scaling_factor` and `shift_factor` (an absent or null shift
+    is 0); the sha256 is the weights file's. Raises `OpenVisionError` where the source holds no autoencoder.
+    """
+    licence = FLUX_LICENCE if source == FLUX_SOURCE else ""
+    folder = _folder(source, licence)
+    vae = _build(folder, torch.device("meta"))
+    scale, shift = vae.config.get("scaling_factor"), vae.config.get("shift_factor")
+    return VAEConfig(
+        kind="diffusers",
+        source=source,
+        channels=_channels(vae),
+        factor=_factor(vae),
+        latent_scale=1.0 if scale is None else float(scale),
+        latent_shift=0.0 if shift is None else float(shift),
+        sha256=_sha256(_weights_files(folder)),
+        licence=licence,
+    )
+
+
+class DiffusersVAE(FrozenVAE):
+    """A diffusers autoencoder with the latent convention of its config; computes in the weights' type, fp32 or bf16."""
+
+    def __init__(self, config: VAEConfig, autoencoder: Any) -> None:
+        """Raises `OpenVisionError` where the autoencoder's channels or factor are not the config's."""
+        super().__init__(config)
+        found = (_channels(autoencoder), _factor(autoencoder))
+        if found != (config.channels, config.factor):
+            raise OpenVisionError(
+                f"the autoencoder at {config.source} has {found[0]} channels and factor {found[1]}, "
+                f"its config says {config.channels} and {config.factor}"
+            )
+        self.autoencoder = autoencoder
+        self.freeze()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "DiffusersVAE":
+        super()._apply(fn, recurse)
+        _refuse_half(next(self.autoencoder.parameters()).dtype)
+        return self
+
+    def _encode(self, images: Tensor) -> Tensor:
+        with _precision(self.autoencoder, images) as dtype:
+            output = self.autoencoder.encode(images.to(dtype))
+        if hasattr(output, "latent_dist"):
+            latents = output.latent_dist.mode()  # the posterior's mean
+        elif hasattr(output, "latents"):
+            latents = output.latents
+        else:
+            latents = output.latent
+        return latents.to(images.dtype)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        with _precision(self.autoencoder, latents) as dtype:
+            images = self.autoencoder.decode(latents.to(dtype)).sample
+        return images.to(latents.dtype)
+
+
+def load_diffusers_vae(
+    source: VAEConfig | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> DiffusersVAE:
+    """Loads an autoencoder of diffusers from a folder or a hub id (its root or its subfolder `vae`).
+
+    source: a config, or the folder or hub id alone, with the convention that diffusers states for it (`read_config`).
+    dtype: fp32 or bf16; FLUX.1's VAE overflows in fp16. Raises `OpenVisionError` for fp16, a missing, gated or
+    unreachable source, and weights that are not safetensors, lack tensors, or differ from the config's sha256.
+    """
+    _refuse_half(dtype)
+    config = read_config(source) if isinstance(source, str) else source
+    folder = _folder(config.source, config.licence)
+    files = _weights_files(folder)
+    if config.sha256 and (found := _sha256(files)) != config.sha256:
+        raise OpenVisionError(f"{folder}: the weights' sha256 is {found}, expected {config.sha256}")
+    return DiffusersVAE(config, _build(folder, torch.device("cpu"))).to(device=device, dtype=dtype)
+
+
+def _refuse_half(dtype: torch.dtype) -> None:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise OpenVisionError(f"an autoencoder runs in float32 or bfloat16, not {dtype}: FLUX.1's gives NaN in float16")
+
+
+@contextlib.contextmanager
+def _precision(autoencoder: nn.Module, inputs: Tensor) -> Iterator[torch.dtype]:
+    """Gives the weights' type, outside of any autocast to fp16: FLUX.1's VAE gives NaN there (InvokeAI #7213)."""
+    device = inputs.device.type
+    half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    with torch.autocast(device, enabled=False) if half else contextlib.nullcontext():
+        yield next(autoencoder.parameters()).dtype
+
+
+def _channels(vae: Any) -> int:
+    return int(vae.config["latent_channels"])
+
+
+def _factor(vae: Any) -> int:
+    """Pixels per latent, each side; each family of autoencoders states it in its own way."""
+    config = vae.config
+    if ratio := getattr(vae, "spatial_compression_ratio", None):  # AutoencoderDC and newer
+        return int(ratio)
+    if type(vae).__name__ == "AutoencoderTiny":
+        return int(config["upsampling_scaling_factor"]) ** (len(config["encoder_block_out_channels"]) - 1)
+    channels = config.get("block_out_channels") or config["down_block_out_channels"]  # AutoencoderKL; asymmetric one
+    return 2 ** (len(channels) - 1)
+
+
+def _folder(source: str, licence: str) -> Path:
+    """The folder of `config.json` and weights: the source itself, its subfolder `vae`, or a snapshot of a hub id."""
+    root = Path(source).expanduser()
+    if not root.is_dir():
+        if not source or source.startswith((".", "/", "~")) or source.count("/") != 1:
+            raise OpenVisionError(f"there is no autoencoder at {source!r}: not a folder, and not a hub id (OWNER/NAME)")
+        root = _snapshot(source, licence)
+    for folder in (root, root / "vae"):
+        if (folder / _CONFIG).is_file():
+            return folder
+    raise OpenVisionError(f"{root} holds no {_CONFIG} of an autoencoder, nor does its subfolder vae")
+
+
+def _snapshot(source: str, licence: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError
+
+    page = f"https://huggingface.co/{source}"
+    known = f"its licence: {licence}" if licence else f"its licence is on {page}"
+    same = (
+        " The same file lies ungated, under Apache-2.0, in the folder vae of Tongyi-MAI/Z-Image-Turbo."
+        if source in (FLUX_SOURCE, "black-forest-labs/FLUX.1-dev")
+        else ""
+    )
+    by_hand = (
+        f"or put its {_CONFIG} and {_WEIGHTS}.safetensors (in the repository itself or its folder vae) into a folder "
+        f"and give that folder as the VAE's source.{same}"
+    )
+    try:
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=_HUB_FILES))
+    except GatedRepoError:
+        raise OpenVisionError(
+            f"{source} is gated ({known}): accept its conditions on {page} and log in (`hf auth login`, or HF_TOKEN), "
+            f"{by_hand}"
+        ) from None
+    except Exception as error:  # offline and not cached, no such repository, a broken transfer: many types
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        gate = "; it is gated, so accept its conditions there and log in" if same else ""
+        raise OpenVisionError(
+            f"could not get {source} from the model hub ({known}{gate}): {reason}. Go online, {by_hand}"
+        ) from None
+
+
+def _weights_files(folder: Path) -> list[Path]:
+    """The safetensors files of the autoencoder: one, or the shards that its index names."""
+    single, index = folder / f"{_WEIGHTS}.safetensors", folder / f"{_WEIGHTS}.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        return sorted(folder.glob(f"{_WEIGHTS}-*.safetensors"))
+    if pickles := sorted(path.name for path in folder.glob("*.bin")):
+        raise OpenVisionError(
+            f"{folder} has its weights as a pickle ({', '.join(pickles)}), which is not loaded: save it again with "
+            f"diffusers' `save_pretrained`, which writes {_WEIGHTS}.safetensors"
+        )
+    raise OpenVisionError(f"{folder} holds no {_WEIGHTS}.safetensors")
+
+
+def _sha256(files: list[Path]) -> str:
+    """Of one file as it is; of shards, of their contents one after the other."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _class_name(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / _CONFIG).read_text())["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OpenVisionError(f"{folder / _CONFIG} is not the config of a diffusers autoencoder: {error!r}") from None
+
+
+def _build(folder: Path, device: torch.device) -> Any:
+    """The autoencoder with its weights on the CPU, or without values on the meta device."""
+    diffusers: Any = importlib.import_module("diffusers")  # seconds: only those who use it pay
+
+    name = _class_name(folder)
+    kind = getattr(diffusers, name, None) if "Autoencoder" in name or name == "VQModel" else None
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
+        raise OpenVisionError(f"{folder / _CONFIG} says {name!r}, which is no autoencoder of diffusers")
+    try:
+        if device.type == "meta":
+            with device:
+                return kind.from_config(kind.load_config(folder))
+        # Weights are initialised and then overwritten: that must not move the random numbers of a training run.
+        with torch.random.fork_rng(devices=[]):
+            vae, info = kind.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise OpenVisionError(f"{folder} does not load as {name}: {str(error).splitlines()[0]}") from None
+    if info["missing_keys"]:
+        some = ", ".join(sorted(info["missing_keys"])[:3])
+        raise OpenVisionError(f"{folder}: the weights lack {len(info['missing_keys'])} tensors of {name}: {some} ...")
+    return vae

@@ -1,0 +1,258 @@
+"""Batches by position: the same whatever the workers, start and batch size; bad samples replaced and counted."""
+
+import io
+import logging
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from openvision3.config import DataConfig, OpenVisionError
+from openvision3.data import grammar
+from openvision3.data.batches import Batch, BatchStream
+from openvision3.data.shards import BadSample, DemoSource, Sample, TarSource, write_shards
+from openvision3.data.tokenizer import demo_tokenizer
+from openvision3.data.transforms import random_crop
+
+SIZE = 16
+
+
+def stream(source: Any, start: int = 0, stop: int = 24, **options: Any) -> BatchStream:
+    options = {"batch_size": 6, "contrastive_length": 32, "caption_length": 32, **options}
+    return BatchStream(source, demo_tokenizer(), options.pop("resolution", SIZE), start=start, stop=stop, **options)
+
+
+def rows(batches: Sequence[Batch]) -> dict[int, tuple[Any, ...]]:
+    """Everything that each position holds."""
+    found: dict[int, tuple[Any, ...]] = {}
+    for b in batches:
+        for i, position in enumerate(b.positions):
+            tensors = (b.images[i], b.alt_ids[i], b.caption_text_ids[i], b.caption_ids[i])
+            found[position] = (b.keys[i], b.captions[i], *(t.numpy().tobytes() for t in tensors))
+    return found
+
+
+def tar(path: Path, count: int, bad: dict[int, bytes | None]) -> Path:
+    """A tar of `count` small pictures with several sentences; those in `bad` have that text (None: none)."""
+    with tarfile.open(path, "w") as archive:
+        for i in range(count):
+            buffer = io.BytesIO()
+            Image.new("RGB", (24, 20), (i % 256, 100, 0)).save(buffer, "PNG")
+            text = bad.get(i, f"One of {i}. Two of {i}. Three of {i}!".encode())
+            for ending, content in (("png", buffer.getvalue()), ("txt", text)):
+                if content is not None:
+                    info = tarfile.TarInfo(f"s{i:04d}.{ending}")
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """400 samples, three of them bad: without caption, not UTF-8, 10,001 letters."""
+    path = tmp_path_factory.mktemp("tars") / "a.tar"
+    return tar(path, 400, {5: None, 150: b"\xff", 333: b"x" * 10_001})
+
+
+def test_a_batch_holds_what_it_should() -> None:
+    source, tokenizer = DemoSource(DataConfig(), "train", SIZE), demo_tokenizer()
+    (batch,) = stream(source, 3, 5, contrastive_length=20, caption_length=24)
+    samples = [source.read(3), source.read(4)]
+    assert batch.positions == [3, 4] and batch.keys == [sample.key for sample in samples]
+    assert batch.images.dtype == torch.uint8 and batch.images.is_contiguous()
+    assert np.array_equal(batch.images.permute(0, 2, 3, 1).numpy(), np.stack([sample.image for sample in samples]))
+    captions = [sample.caption for sample in samples]
+    assert torch.equal(batch.alt_ids, tokenizer.encode_contrastive([sample.alt for sample in samples], 20))
+    assert torch.equal(batch.caption_text_ids, tokenizer.encode_contrastive(captions, 20))
+    assert torch.equal(batch.caption_ids, tokenizer.encode_caption(captions, 24))
+    assert batch.captions == captions and batch.bad == []
+
+
+def test_positions_do_not_depend_on_workers_start_or_batch_size(mixed: Path) -> None:
+    """The heart of exact resume, on tars with bad samples, random crops and random sentences."""
+    source = TarSource(mixed, DataConfig(seed=3))
+    options: dict[str, Any] = {"crop_min_area": 0.4, "seed": 9}
+    whole = rows(list(stream(source, 0, 120, **options)))
+    assert sorted(whole) == list(range(120))
+    assert rows(list(stream(source, 0, 120, num_workers=2, **options))) == whole
+    assert rows(list(stream(source, 0, 120, batch_size=40, num_workers=1, **options))) == whole
+    later = rows(list(stream(source, 54, 120, num_workers=2, **options)))
+    assert later == {position: row for position, row in whole.items() if position >= 54}
+    other = rows(list(stream(source, 0, 120, crop_min_area=0.4, seed=10)))
+    assert sum(other[i] == whole[i] for i in whole) < 60  # a third draws the same sentence of a one-coloured picture
+
+
+def test_rendering_and_tars_train_alike(tmp_path: Path) -> None:
+    """On the fly and from tars of the same seed and range: the same batches, crops included."""
+    rendered = DemoSource(DataConfig(seed=2), "train", SIZE)
+    write_shards((rendered.read(i) for i in range(24)), tmp_path / "out", samples_per_shard=7)
+    tars = TarSource(tmp_path / "out", shuffle=False)
+    for options in ({}, {"crop_min_area": 0.5}):
+        assert rows(list(stream(tars, **options))) == rows(list(stream(rendered, **options)))
+
+
+def test_epochs_go_on_in_new_orders(mixed: Path) -> None:
+    """A stream longer than the data goes on, each turn with every sample but the bad ones in its own place."""
+    source = TarSource(mixed)
+    keys = [key for batch in stream(source, 0, 800, batch_size=100) for key in batch.keys]
+    first, second = keys[:400], keys[400:]
+    assert first != second and len(set(first)) == len(set(second)) == 397
+
+
+def test_last_batch_is_smaller() -> None:
+    source = DemoSource(DataConfig(), "train", SIZE)
+    batches = stream(source, 0, 8, batch_size=6)
+    assert len(batches) == 2 and [batch.positions for batch in batches] == [[0, 1, 2, 3, 4, 5], [6, 7]]
+    assert list(stream(source, 8, 8)) == []
+
+
+def test_bad_samples_are_replaced_counted_and_logged(mixed: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = TarSource(mixed, shuffle=False)
+    batches = stream(source, 0, 400, batch_size=50, num_workers=2)
+    with caplog.at_level(logging.WARNING):
+        held = rows(list(batches))
+    assert [(position, key) for position, key, _ in batches.bad] == [
+        (5, "a.tar/s0005"),
+        (150, "a.tar/s0150"),
+        (333, "a.tar/s0333"),
+    ]
+    assert [reason for _, _, reason in batches.bad] == [
+        "has no caption", "its txt is not UTF-8", "its txt has 10001 letters, more than 10000",
+    ]  # fmt: skip
+    assert [record.getMessage() for record in caplog.records] == [
+        f"position {position}: sample {key} skipped: {reason}" for position, key, reason in batches.bad
+    ]
+    good = {f"s{i:04d}" for i in range(400)} - {"s0005", "s0150", "s0333"}
+    assert {row[0] for row in held.values()} == good
+    assert all(held[i][0] == f"s{i:04d}" for i in range(400) if i not in (5, 150, 333))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_too_many_bad_samples_stop_the_run(tmp_path: Path, num_workers: int) -> None:
+    """3 of 200 are more than 1 %: the third one ends the run, with an error of one line."""
+    source = TarSource(tar(tmp_path / "a.tar", 200, {3: b"", 60: b"\xff", 110: None}), shuffle=False)
+    seen = []
+    with pytest.raises(OpenVisionError) as caught:
+        for batch in stream(source, 0, 200, batch_size=20, num_workers=num_workers):
+            seen.append(batch.positions[0])
+    assert seen == [0, 20, 40, 60, 80]
+    message = str(caught.value)
+    assert message.startswith(
+        "3 of 120 samples can't be used, more than max_bad_fraction = 1.00% allows; the first is a.tar/s0003: has no cap"
+    )
+    assert "\n" not in message
+    assert len(rows(list(stream(source, 0, 200, max_bad_fraction=0.05)))) == 200
+
+
+def test_one_percent_is_not_too_much(tmp_path: Path) -> None:
+    """Neither in one turn nor in many, nor where the bad ones come first."""
+    source = TarSource(tar(tmp_path / "a.tar", 200, {0: b"", 1: b"\xff"}), shuffle=False)
+    assert len(rows(list(stream(source, 0, 1000, batch_size=100)))) == 1000
+
+
+def test_one_bad_sample_in_a_small_tar_is_not_too_much(tmp_path: Path) -> None:
+    source = TarSource(tar(tmp_path / "a.tar", 20, {3: b""}))
+    assert len(rows(list(stream(source, 0, 600, batch_size=20)))) == 600
+    with pytest.raises(OpenVisionError, match="^2 of"):
+        list(stream(TarSource(tar(tmp_path / "b.tar", 20, {3: b"", 4: b""})), 0, 600))
+
+
+def test_large_data_stop_when_it_is_no_accident() -> None:
+    """5 % of a million: stopped after some hundreds, long before a hundredth of all is found bad."""
+
+    class Large:
+        size = 1_000_000
+
+        def read(self, position: int) -> Sample:
+            if position % 20 == 0:
+                raise BadSample(str(position), "bad")
+            return Sample(str(position), np.zeros((8, 8, 3), np.uint8), "a", "a")
+
+    batches = stream(Large(), 0, 10_000, batch_size=20, resolution=8)
+    with pytest.raises(OpenVisionError, match="can't be used"):
+        list(batches)
+    assert 100 < batches.seen < 800
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_data_without_a_good_sample_stop_at_once(tmp_path: Path, num_workers: int) -> None:
+    source = TarSource(tar(tmp_path / "a.tar", 30, {i: None for i in range(30)}))
+    with pytest.raises(OpenVisionError, match=r"^position 0 and 16 substitutes can't be used; .*has no caption$"):
+        list(stream(source, num_workers=num_workers))
+
+
+def test_sentences_are_drawn_from_the_caption(mixed: Path) -> None:
+    """The contrastive text is one sentence, each of them some time; the caption target is the whole."""
+    tokenizer, source = demo_tokenizer(), TarSource(mixed, shuffle=False)
+    drawn = set()
+    for batch in stream(source, 10, 110, contrastive_length=40, caption_length=60):
+        for i, position in enumerate(batch.positions):
+            sentence = tokenizer.decode(batch.caption_text_ids[i, :-1])
+            word, rest = sentence.split(" ", 1)
+            drawn.add(word)
+            assert rest in (f"of {position}.", f"of {position}!")
+            whole = f"one of {position}. two of {position}. three of {position}!"
+            assert tokenizer.decode(batch.caption_ids[i]) == tokenizer.decode(batch.alt_ids[i, :-1]) == whole
+    assert drawn == {"one", "two", "three"}
+
+
+def test_crops_are_keyed_by_seed_and_position(mixed: Path) -> None:
+    class Ramp:
+        size = None
+
+        def read(self, position: int) -> Sample:
+            image = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None], (64, 64, 3)).copy()
+            return Sample("ramp", image, "a", "a")
+
+    images = torch.cat([batch.images for batch in stream(Ramp(), crop_min_area=0.4)])
+    assert len({image.numpy().tobytes() for image in images}) > 20
+    whole = next(iter(stream(Ramp(), 0, 1))).images[0]
+    image = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None], (64, 64, 3)).copy()
+    rng = np.random.Generator(np.random.PCG64(0))
+    assert np.array_equal(whole.permute(1, 2, 0).numpy(), random_crop(image, SIZE, 1.0, rng))
+
+
+def test_streams_leave_the_global_generator_alone() -> None:
+    """Else what a run draws after a resume would depend on how often it was resumed."""
+    source = DemoSource(DataConfig(), "train", SIZE)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    list(stream(source, 0, 12, num_workers=1))
+    list(stream(source, 0, 12))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_stream_can_be_left_early_and_begun_again() -> None:
+    source = DemoSource(DataConfig(), "train", SIZE)
+    batches = stream(source, 0, 60, num_workers=2)
+    first = next(iter(batches))
+    again = next(iter(batches))
+    assert rows([first]) == rows([again])
+
+
+def test_models_without_text_towers_need_no_tokenizer() -> None:
+    source = DemoSource(DataConfig(), "train", SIZE)
+    (batch,) = BatchStream(source, None, SIZE, 4, 0, 4, contrastive_length=0, caption_length=0)
+    assert batch.alt_ids.shape == batch.caption_text_ids.shape == batch.caption_ids.shape == (4, 0)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        BatchStream(source, None, SIZE, 4, 0, 4, contrastive_length=8, caption_length=0)
+
+
+def test_demo_batches_are_what_the_grammar_says() -> None:
+    for batch in stream(DemoSource(DataConfig(), "train", SIZE), 0, 12):
+        for i, caption in enumerate(batch.captions):
+            assert demo_tokenizer().decode(batch.caption_ids[i]) == caption
+            assert grammar.parse(caption).valid
+
+
+def test_bad_sample_survives_the_way_from_a_worker() -> None:
+    import pickle
+
+    error = pickle.loads(pickle.dumps(BadSample("k", "r")))
+    assert (error.key, error.reason, str(error)) == ("k", "r", "k: r")

@@ -1,0 +1,90 @@
+"""Eqs. 3-6 against numbers worked out by hand, and micro-batches against the whole batch."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from openvision3 import losses
+
+
+def test_noise_is_scaled_per_image_and_by_the_rms():
+    tokens, epsilon = torch.ones(2, 1, 2), torch.tensor([[[1.0, -1.0]], [[2.0, 0.0]]])
+    noisy = losses.add_noise(tokens, torch.tensor([0.0, 0.5]), epsilon, torch.tensor(2.0))
+    assert noisy.tolist() == [[[1.0, 1.0]], [[3.0, 1.0]]]
+
+
+def test_noise_unit_has_no_gradient():
+    tokens = torch.randn(2, 3, 4, requires_grad=True)
+    rms = losses.root_mean_square(tokens)
+    noisy = losses.add_noise(tokens, torch.ones(2), torch.randn(2, 3, 4), rms)
+    (gradient,) = torch.autograd.grad(noisy.sum(), tokens)
+    assert torch.equal(gradient, torch.ones_like(tokens))
+    torch.testing.assert_close(losses.root_mean_square(torch.tensor([3.0, 4.0, 0.0, 0.0])), torch.tensor(2.5))
+
+
+def test_l1_is_a_mean_over_pictures():
+    images, predicted = torch.zeros(2, 3, 2, 2), torch.zeros(2, 3, 2, 2)
+    predicted[0] = 0.5
+    predicted[1, 0] = -3.0
+    assert losses.pixel_l1(predicted, images, samples=2).item() == pytest.approx((0.5 + 1.0) / 2)
+    assert losses.latent_l1(predicted, images, samples=4).item() == pytest.approx((0.5 + 1.0) / 4)
+
+
+def test_perceptual_loss_divides_by_the_given_count():
+    metric = lambda a, b: (a - b).abs().amax(dim=(1, 2, 3))  # noqa: E731
+    a, b = torch.tensor([1.0, 3.0]).view(2, 1, 1, 1), torch.zeros(2, 1, 1, 1)
+    assert losses.perceptual_loss(metric, a, b, samples=8).item() == 0.5
+
+
+def test_weighted_sums():
+    pixel, latent, perceptual = torch.tensor(1.0), torch.tensor(2.0), torch.tensor(3.0)
+    assert losses.reconstruction_loss(pixel, latent, perceptual, beta=0.4, lpips_weight=0.5).item() == pytest.approx(
+        3.3
+    )
+    assert losses.understanding_loss(torch.tensor(2.0), torch.tensor(3.0), alpha=0.5).item() == pytest.approx(3.5)
+    assert losses.total_loss(torch.tensor(2.0), torch.tensor(3.0), 0.5, 1.0).item() == pytest.approx(4.0)
+
+
+def test_contrastive_loss_by_hand():
+    image = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    text = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    rows = [math.log(math.e**2 + math.e**1.2) - 2, math.log(1 + math.e**1.6) - 1.6]
+    columns = [math.log(math.e**2 + 1) - 2, math.log(math.e**1.2 + math.e**1.6) - 1.6]
+    assert losses.contrastive_loss(image, text, 2.0).item() == pytest.approx((sum(rows) + sum(columns)) / 4, abs=1e-6)
+
+
+def test_contrastive_loss_is_exact_under_bf16_autocast():
+    torch.manual_seed(0)
+    image, text = F.normalize(torch.randn(8, 32), dim=-1), F.normalize(torch.randn(8, 32), dim=-1)
+    expected = losses.contrastive_loss(image, text, 100.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(losses.contrastive_loss(image, text, 100.0), expected)
+
+
+def test_caption_loss_ignores_padding_and_nothing_else():
+    logits = torch.zeros(1, 3, 4)
+    logits[0, 0, 1] = math.log(3.0)  # probability 1/2
+    targets = torch.tensor([[1, 2, 0]])
+    expected = (math.log(2) + math.log(4)) / 5
+    assert losses.caption_loss(logits, targets, pad_id=0, normalizer=5).item() == pytest.approx(expected)
+    with_id_0 = expected + math.log(4) / 5
+    assert losses.caption_loss(logits, targets, pad_id=3, normalizer=5).item() == pytest.approx(with_id_0)
+
+
+def test_micro_batches_add_up_to_the_whole_batch():
+    torch.manual_seed(0)
+    images, logits = torch.randn(6, 3, 4, 4), torch.randn(6, 5, 7)
+    targets = torch.randint(1, 7, (6, 5))
+    targets[0, 1:] = targets[3, 2:] = 0  # captions of different lengths
+    count = int((targets != 0).sum())
+    predicted = torch.randn(6, 3, 4, 4, requires_grad=True)
+    whole = losses.pixel_l1(predicted, images, 6)
+    parts = sum(losses.pixel_l1(predicted[i : i + 2], images[i : i + 2], 6) for i in (0, 2, 4))
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(torch.autograd.grad(parts, predicted), torch.autograd.grad(whole, predicted))
+    whole = losses.caption_loss(logits, targets, 0, count)
+    parts = sum(losses.caption_loss(logits[i : i + 2], targets[i : i + 2], 0, count) for i in (0, 2, 4))
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(whole, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=0))

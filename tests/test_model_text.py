@@ -1,0 +1,151 @@
+"""Text towers: masks, cached decoding against uncached, beams against exhaustive search."""
+
+import itertools
+
+import pytest
+import torch
+
+from openvision3.config import OpenVisionError, TextDecoderConfig, TextEncoderConfig, TransformerConfig
+from openvision3.model.generate import beam_search, greedy_search
+from openvision3.model.text import CaptionDecoder, TextEncoder
+
+PAD, BOS, EOS, CLS = 0, 1, 2, 3
+SIZE = TransformerConfig(32, 2, 2)
+
+
+def make_decoder(image_input, vocab_size=12, context_length=9, seed=0):
+    """A decoder whose weights are large enough for its choices to depend on picture and text."""
+    torch.manual_seed(seed)
+    decoder = CaptionDecoder(TextDecoderConfig(SIZE, vocab_size, context_length, PAD, image_input), 24, "auto")
+    for parameter in decoder.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.4)
+    return decoder.eval()
+
+
+def make_encoder():
+    torch.manual_seed(0)
+    return TextEncoder(TextEncoderConfig(SIZE, 20, 10, PAD), 16, "auto").eval()
+
+
+def uncached_greedy(decoder, tokens, max_length):
+    """One caption at a time, everything computed anew for each token."""
+    rows = []
+    for image in tokens:
+        ids = [BOS]
+        while len(ids) < max_length and ids[-1] != EOS:
+            logits = decoder(image[None], torch.tensor([ids]))[0, -1].clone()
+            logits[[PAD, BOS]] = -torch.inf
+            ids.append(int(logits.argmax()))
+        rows.append(ids)
+    longest = max(map(len, rows))
+    return [ids + [PAD] * (longest - len(ids)) for ids in rows]
+
+
+@pytest.mark.parametrize("path", ["matmul", "sdpa"])
+def test_padding_is_invisible_and_the_tower_is_bidirectional(path):
+    encoder = make_encoder()
+    for block in encoder.transformer.blocks:
+        block.attention.path = path
+    with torch.no_grad():
+        encoder.embedding.positions[5:9] = encoder.embedding.positions[4]  # so that [cls] moving is no difference
+        encoder.embedding.positions[9] = encoder.embedding.positions[5]
+    short = torch.tensor([[BOS, 7, 8, EOS, PAD, CLS]])
+    long = torch.tensor([[BOS, 7, 8, EOS, PAD, PAD, PAD, PAD, PAD, CLS]])
+    torch.testing.assert_close(encoder(short), encoder(long))
+    assert not torch.allclose(encoder(short), encoder(torch.tensor([[BOS, 9, 8, EOS, PAD, CLS]])), atol=1e-3)
+    with torch.no_grad():
+        encoder.embedding.tokens[PAD] += 10.0
+    torch.testing.assert_close(encoder(short), encoder(long))
+
+
+def test_text_beyond_the_context_is_refused():
+    with pytest.raises(OpenVisionError, match="context length 10"):
+        make_encoder()(torch.ones(1, 11, dtype=torch.long))
+
+
+@pytest.mark.parametrize("image_input", ["cross", "prefix"])
+def test_captions_are_causal_and_see_the_picture(image_input):
+    decoder, tokens = make_decoder(image_input), torch.randn(2, 5, 24)
+    ids = torch.randint(4, 12, (2, 8))
+    logits = decoder(tokens, ids)
+    assert logits.shape == (2, 8, 12)
+    changed = ids.clone()
+    changed[:, 5] = (changed[:, 5] - 3) % 8 + 4
+    difference = (decoder(tokens, changed) - logits).abs().amax(dim=(0, 2))
+    assert difference[:5].max() < 1e-5 and difference[5:].min() > 1e-3
+    other = tokens.clone()
+    other[:, 4] += torch.randn(24)  # the last image token reaches the first text position
+    assert (decoder(other, ids) - logits).abs().amax(dim=(0, 2)).min() > 1e-4
+
+
+@pytest.mark.parametrize("image_input", ["cross", "prefix"])
+def test_cached_steps_equal_the_uncached_forward(image_input):
+    decoder, tokens = make_decoder(image_input), torch.randn(3, 5, 24)
+    ids = torch.randint(4, 12, (3, 8))
+    state = decoder.start(tokens)
+    steps = torch.stack([decoder.step(ids[:, i], state) for i in range(8)], dim=1)
+    torch.testing.assert_close(steps, decoder(tokens, ids), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("image_input", ["cross", "prefix"])
+def test_greedy_equals_uncached_decoding(image_input):
+    decoder = make_decoder(image_input, vocab_size=6, seed=3)
+    tokens = torch.randn(12, 5, 24)
+    found = greedy_search(decoder, tokens, BOS, EOS)
+    assert found.tolist() == uncached_greedy(decoder, tokens, 9)
+    assert len({tuple(row) for row in found.tolist()}) > 3  # the captions are worth comparing
+    assert (found == EOS).any() and not (found == EOS).any(dim=1).all()  # some end by themselves, some at the limit
+    assert torch.equal(beam_search(decoder, tokens, BOS, EOS, 1), found)
+    assert greedy_search(decoder, tokens, BOS, EOS, max_length=4).shape[1] == 4
+
+
+def test_decoding_stops_when_all_have_ended():
+    decoder = make_decoder("cross")
+    steps = []
+    step = decoder.step
+
+    def ending(ids, state):
+        steps.append(1)
+        logits = step(ids, state)
+        logits[:, EOS] = 100.0 if len(steps) == 3 else -100.0
+        return logits
+
+    decoder.step = ending
+    assert greedy_search(decoder, torch.randn(4, 5, 24), BOS, EOS).shape[1] == 4
+    assert len(steps) == 3
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+@pytest.mark.parametrize("image_input", ["cross", "prefix"])
+def test_wide_beams_find_the_best_of_all_captions(image_input, penalty):
+    """Five words and four tokens: all captions can be scored, and a beam wide enough must find the best."""
+    decoder, limit = make_decoder(image_input, vocab_size=5, seed=1), 4
+    tokens = torch.randn(4, 5, 24)
+    best = []
+    for image in tokens:
+        scored = {}
+        for words in itertools.product(range(2, 5), repeat=limit - 1):
+            words = words[: words.index(EOS) + 1] if EOS in words else words
+            ids = torch.tensor([[BOS, *words]])
+            logits = decoder(image[None], ids[:, :-1])[0].clone()
+            logits[:, [PAD, BOS]] = -torch.inf
+            total = logits.log_softmax(-1)[range(len(words)), list(words)].sum().item()
+            scored[words] = total / len(words) ** penalty
+        best.append([BOS, *max(scored, key=lambda words: scored[words])])
+    found = beam_search(decoder, tokens, BOS, EOS, num_beams=27, max_length=limit, length_penalty=penalty)
+    assert [[i for i in row if i != PAD] for row in found.tolist()] == best
+
+
+def test_beams_of_a_batch_do_not_mix():
+    decoder, tokens = make_decoder("cross", vocab_size=8), torch.randn(5, 5, 24)
+    together = beam_search(decoder, tokens, BOS, EOS, 3)
+    for image, row in zip(tokens, together, strict=True):
+        alone = beam_search(decoder, image[None], BOS, EOS, 3)[0]
+        assert [i for i in row.tolist() if i] == [i for i in alone.tolist() if i]
+
+
+@pytest.mark.parametrize("length", [1, 10])
+def test_impossible_lengths_are_refused(length):
+    with pytest.raises(OpenVisionError, match="max_length"):
+        greedy_search(make_decoder("cross"), torch.randn(1, 5, 24), BOS, EOS, max_length=length)

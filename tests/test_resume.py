@@ -1,0 +1,229 @@
+"""A run that is stopped, broken off or killed at any moment, and started again, ends with the very same weights."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import make_vae, tiny_config
+
+from openvision3.cli import main
+from openvision3.config import OpenVisionError, VAEConfig
+from openvision3.evaluation import evaluate
+from openvision3.recipes import RECIPES
+from openvision3.training.checkpoint import checkpoints
+from openvision3.training.loop import train
+from openvision3.training.monitor import read_records
+from openvision3.training.run_folder import RunInterrupted
+
+STEPS = 6  # 4 in stage 1, 2 in stage 2; a checkpoint every second one
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the processes that are killed
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> VAEConfig:
+    return make_vae(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, vae: VAEConfig) -> Path:
+    """The folder of a run that nothing disturbs."""
+    return train(tiny_config(tmp_path_factory.mktemp("unbroken"), vae, STEPS), "cpu")
+
+
+def assert_same_run(folder: Path, unbroken: Path) -> None:
+    """Weights, optimizer state and records, to the last bit; only rates may differ."""
+    last, expected = checkpoints(folder / "checkpoints")[-1], checkpoints(unbroken / "checkpoints")[-1]
+    assert last.name == expected.name
+    for name in ("weights.safetensors", "optimizer.safetensors", "state.json"):
+        assert (last / name).read_bytes() == (expected / name).read_bytes(), name
+    weights, wanted = (load_file(run / "model" / "model.safetensors") for run in (folder, unbroken))
+    assert weights.keys() == wanted.keys()
+    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+    rows, wanted_rows = (
+        [{k: v for k, v in row.items() if k != "samples_per_second"} for row in read_records(run / "metrics.jsonl")]
+        for run in (folder, unbroken)
+    )
+    assert rows == wanted_rows
+
+
+def test_the_run_folder_is_whole(unbroken: Path) -> None:
+    names = {path.name for path in unbroken.iterdir()}
+    assert {"config.json", "environment.json", "metrics.jsonl", "checkpoints", "samples", "model"} <= names
+    assert not [name for name in names if name.endswith((".tmp", ".writing"))]
+    assert {path.name for path in (unbroken / "samples").iterdir()} == {"step_4.png", "step_6.png"}
+    rows = read_records(unbroken / "metrics.jsonl")
+    assert [(row["step"], row["samples_seen"]) for row in rows] == [(step, 4 * step) for step in range(1, STEPS + 1)]
+    needed = "latent_l1 pixel_l1 caption contrastive reconstruction understanding total grad_norm clipped learning_rate"
+    assert set(f"{needed} samples_per_second temperature token_rms bad_samples".split()) <= rows[0].keys()
+
+
+def test_same_seed_same_weights(tmp_path: Path, vae: VAEConfig, unbroken: Path) -> None:
+    config = tiny_config(tmp_path / "again", vae, STEPS)
+    assert_same_run(train(replace(config, data=replace(config.data, num_workers=1)), "cpu"), unbroken)
+
+
+@pytest.mark.parametrize("broken_at", [1, 3, 5, 6])
+def test_broken_off_at_a_step(tmp_path: Path, vae: VAEConfig, unbroken: Path, broken_at: int) -> None:
+    """At 5, the newest checkpoint is stage 1's last one, whose optimizer must not enter stage 2."""
+    config = tiny_config(tmp_path / "run", vae, STEPS, eval_every=4)
+
+    def crash(model: object, step: int) -> dict[str, float]:
+        if step == broken_at:
+            raise ZeroDivisionError
+        return {"step_again": float(step)}
+
+    with pytest.raises(ZeroDivisionError):
+        train(config, "cpu", crash)
+    train(replace(config, log_every=1), "cpu")
+    assert_same_run(tmp_path / "run", unbroken)
+    figures = read_records(tmp_path / "run" / "metrics.jsonl", "eval")
+    assert [row["step"] for row in figures] == list(range(1, {1: 0, 3: 2, 5: 4, 6: 4}[broken_at] + 1))
+
+
+def test_a_signal_saves_and_stops(tmp_path: Path, vae: VAEConfig, unbroken: Path) -> None:
+    config = tiny_config(tmp_path / "run", vae, STEPS, eval_every=4)
+
+    def ask_to_stop(model: object, step: int) -> dict[str, float]:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    with pytest.raises(RunInterrupted, match="stopped after .* the same command goes on") as caught:
+        train(config, "cpu", ask_to_stop)
+    assert caught.value.signal_number == signal.SIGTERM
+    assert checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step_3"
+    train(config, "cpu")
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_the_command_evaluates_stops_and_resumes(
+    tmp_path: Path,
+    vae: VAEConfig,
+    unbroken: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`ov3 train`, evaluations included: they must leave no trace in the weights."""
+    config = tiny_config(tmp_path / "run", vae, STEPS, eval_samples=4, eval_every=8)
+    monkeypatch.setitem(RECIPES, "tiny", lambda: config)
+    evaluate_all = evaluate.evaluate_all
+
+    def interrupted(*args: Any, **options: Any) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return evaluate_all(*args, **options)
+
+    monkeypatch.setattr(evaluate, "evaluate_all", interrupted)
+    assert main(["train", "tiny", "--device", "cpu"]) == 130
+    assert f"stopped after 8 samples, saved in {tmp_path / 'run'}; the same command" in capsys.readouterr().err
+    monkeypatch.setattr(evaluate, "evaluate_all", evaluate_all)
+    assert main(["train", "tiny", "--device", "cpu", "--seed", "5"]) == 2
+    assert "seed: 0 -> 5" in (told := capsys.readouterr()).out and "holds a run with another seed" in told.err
+    assert main(["train", "tiny", "--device", "cpu", "--data.num-workers", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "run")
+    assert_same_run(tmp_path / "run", unbroken)
+    figures = read_records(tmp_path / "run" / "metrics.jsonl", "eval")
+    assert [row["step"] for row in figures] == [2, 4, 6]
+    assert {"reconstruction/psnr", "reconstruction/vae_psnr", "retrieval/image_to_text_r1"} & figures[0].keys()
+
+
+def test_a_changed_config_is_refused(unbroken: Path, vae: VAEConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(unbroken, vae, STEPS)
+    before = (unbroken / "config.json").read_bytes()
+    with pytest.raises(OpenVisionError, match="another stage1.base_lr, seed"):
+        train(replace(config, seed=1, stage1=replace(config.stage1, base_lr=0.2), log_every=3), "cpu")
+    told = capsys.readouterr().out
+    assert "stage1.base_lr: 0.1 -> 0.2  (fixed for this run)" in told and "log_every: 1 -> 3\n" in told
+    assert (unbroken / "config.json").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, vae: VAEConfig) -> None:
+    config = tiny_config(tmp_path / "run", vae, STEPS)
+    with pytest.raises(OpenVisionError, match=r"not finite; the batch's samples are in .*bad_batch.json"):
+        train(replace(config, stage1=replace(config.stage1, base_lr=1e38)), "cpu")
+    record = json.loads((tmp_path / "run" / "bad_batch.json").read_text())
+    first = 4 * (record["step"] - 1)
+    assert record["positions"] == [first, first + 1, first + 2, first + 3]
+    assert record["keys"][0] == f"train-0-{first:09d}"
+    assert all(int(path.name[5:]) < record["step"] for path in checkpoints(tmp_path / "run" / "checkpoints"))
+
+
+def test_starting_from_another_model(tmp_path: Path, vae: VAEConfig, unbroken: Path) -> None:
+    still = tiny_config(tmp_path / "run", vae, 3, init=str(unbroken / "model"))
+    still = replace(still, stage1=replace(still.stage1, base_lr=0.0), stage2=replace(still.stage2, base_lr=0.0))
+    folder = train(still, "cpu")
+    weights, start = (load_file(run / "model" / "model.safetensors") for run in (folder, unbroken))
+    different = [name for name in weights if not torch.equal(weights[name], start[name])]
+    assert different == ["token_rms"]
+    other = tiny_config(tmp_path / "other", vae, 3, init=str(unbroken / "model"))
+    with pytest.raises(OpenVisionError, match="init: .*model has decoder"):
+        train(replace(other, model=replace(other.model, decoder=None)), "cpu")
+
+
+def kill_and_finish(folder: Path, vae: VAEConfig, steps: int, kills: int, seed: int, workers: int) -> int:
+    """Runs the training in a process that is killed at `kills` random moments, then lets it finish; returns the kills.
+
+    Half of the moments are anywhere within the start of the process, half a few steps into training.
+    """
+    rng = random.Random(seed)
+    script = Path(__file__).with_name("tiny_run.py")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = 0
+    while True:
+        command = [sys.executable, str(script), str(folder), vae.source, str(steps), str(rng.randint(0, workers))]
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        if done < kills:
+            if rng.random() < 0.5:
+                time.sleep(rng.uniform(0, 4))
+            else:
+                wait_for_steps(process, folder / "metrics.jsonl", rng.randint(1, max(1, steps // kills)))
+                time.sleep(rng.uniform(0, 0.05))
+            process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate()
+        if process.returncode == -signal.SIGKILL:
+            done += 1
+            continue
+        assert process.returncode == 0, errors.decode()
+        return done
+
+
+def wait_for_steps(process: subprocess.Popen, records: Path, steps: int) -> None:
+    """Waits until the process has logged `steps` more of them than there were, or has ended."""
+    lines = [-1]
+    while process.poll() is None and len(lines) <= steps:
+        count = records.read_bytes().count(b"\n") if records.exists() else 0
+        if count < lines[-1]:
+            lines = [count]  # the records were cut at the resume
+        elif count > lines[-1]:
+            lines.append(count)
+        time.sleep(0.002)
+
+
+def test_killed_a_few_times(tmp_path: Path, vae: VAEConfig, unbroken: Path) -> None:
+    assert kill_and_finish(tmp_path / "run", vae, STEPS, kills=2, seed=4, workers=1) == 2
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_in_forty_steps(tmp_path: Path, vae: VAEConfig) -> None:
+    unbroken = train(tiny_config(tmp_path / "unbroken", vae, 40), "cpu")
+    kills = kill_and_finish(tmp_path / "run", vae, 40, kills=20, seed=0, workers=2)
+    assert_same_run(tmp_path / "run", unbroken)
+    print(f"killed {kills} times: final weights bit-identical to the unbroken run's")
+    assert kills == 20

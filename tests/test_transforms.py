@@ -1,0 +1,248 @@
+"""Reading any picture file, resizing, cropping, and the way back from tensors."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from openvision3.config import OpenVisionError
+from openvision3.data.transforms import load_image, preprocess, random_crop, to_pil, to_tensor, to_uint8
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(seed))
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray((rng(seed).random((height, width, 3)) * 256).astype(np.uint8))
+
+
+def pixels(image: Image.Image) -> list[list[tuple[int, ...]]]:
+    array = np.asarray(image)
+    return [[tuple(int(v) for v in pixel) for pixel in row] for row in array]
+
+
+def grey_png(path: Path, width: int, height: int, bits: int, rows: bytes | None = None) -> Path:
+    """A grey PNG written by hand; without `rows`, all black, row by row, so that its size costs no memory."""
+    compressor = zlib.compressobj(1)
+    if rows is None:
+        row = bytes(1 + -(-width * bits // 8))
+        data = b"".join(compressor.compress(row) for _ in range(height)) + compressor.flush()
+    else:
+        data = compressor.compress(rows) + compressor.flush()
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b""))
+    return path
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(OpenVisionError) as caught:
+        load_image(path)
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith(f"{path}: ")
+    return message.removeprefix(f"{path}: ")
+
+
+def test_missing_empty_and_folder(tmp_path: Path) -> None:
+    (tmp_path / "empty.png").touch()
+    assert refusal(tmp_path / "none.png") == "no such file"
+    assert refusal(tmp_path / "empty.png") == "is empty"
+    assert refusal(tmp_path) == "is a folder, not a picture"
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "tif"])
+def test_truncated(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    noise(64, 64).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "can't be decoded" in refusal(path) or "not a picture" in refusal(path)
+
+
+def test_other_files(tmp_path: Path) -> None:
+    (tmp_path / "text.jpg").write_text("this is no picture")
+    (tmp_path / "page.html").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    (tmp_path / "noise.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(200)))
+    for name in ("text.jpg", "page.html", "noise.png"):
+        assert "not a picture" in refusal(tmp_path / name)
+
+
+def test_30000_by_30000(tmp_path: Path) -> None:
+    path = grey_png(tmp_path / "bomb.png", 30_000, 30_000, bits=1)
+    assert path.stat().st_size < 2_000_000
+    assert refusal(path).startswith("too large")
+
+
+def test_largest_size_is_checked_before_decoding(tmp_path: Path) -> None:
+    """Between Pillow's warning (89 million pixels) and its error (179 million) a picture is read, above it is not."""
+    assert refusal(grey_png(tmp_path / "a.png", 13_400, 13_400, bits=1)).startswith("too large")
+    assert load_image(grey_png(tmp_path / "b.png", 10_000, 9_000, bits=1)).size == (10_000, 9_000)
+
+
+def test_cmyk(tmp_path: Path) -> None:
+    Image.new("CMYK", (4, 4), (255, 0, 0, 0)).save(tmp_path / "a.tif")
+    image = load_image(tmp_path / "a.tif")
+    assert image.mode == "RGB" and pixels(image)[0][0] == (0, 255, 255)
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=100)
+    red, green, blue = pixels(load_image(tmp_path / "a.jpg"))[8][8]
+    assert red > 250 and green < 5 and blue < 5
+
+
+def test_16_bit(tmp_path: Path) -> None:
+    """16-bit values are scaled, not clipped: 32896 = 128 * 257 is middle grey."""
+    rows = b"\0" + struct.pack(">4H", 0, 257, 32896, 65535)
+    image = load_image(grey_png(tmp_path / "a.png", 4, 1, bits=16, rows=rows))
+    assert pixels(image)[0] == [(0, 0, 0), (1, 1, 1), (128, 128, 128), (255, 255, 255)]
+    Image.fromarray(np.array([[0, 32896, 65535]], dtype=np.uint16)).save(tmp_path / "b.tif")
+    assert pixels(load_image(tmp_path / "b.tif"))[0] == [(0, 0, 0), (128, 128, 128), (255, 255, 255)]
+    Image.fromarray(np.array([[0.0, 0.5, 1.0]], dtype=np.float32)).save(tmp_path / "c.tif")
+    assert pixels(load_image(tmp_path / "c.tif"))[0] == [(0, 0, 0), (128, 128, 128), (255, 255, 255)]
+
+
+def test_palette_with_transparency_lies_on_white(tmp_path: Path) -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putdata([0, 1])
+    image.save(tmp_path / "opaque.png")
+    image.save(tmp_path / "clear.png", transparency=0)
+    assert pixels(load_image(tmp_path / "opaque.png")) == [[(255, 0, 0), (0, 0, 255)]]
+    assert pixels(load_image(tmp_path / "clear.png")) == [[(255, 255, 255), (0, 0, 255)]]
+
+
+def test_alpha_lies_on_white(tmp_path: Path) -> None:
+    Image.new("RGBA", (1, 1), (0, 0, 0, 51)).save(tmp_path / "a.png")
+    Image.new("LA", (1, 1), (0, 0)).save(tmp_path / "b.png")
+    Image.new("RGB", (1, 1), (9, 9, 9)).save(tmp_path / "c.png", transparency=(9, 9, 9))
+    assert pixels(load_image(tmp_path / "a.png")) == [[(204, 204, 204)]]
+    assert pixels(load_image(tmp_path / "b.png")) == [[(255, 255, 255)]]
+    assert pixels(load_image(tmp_path / "c.png")) == [[(255, 255, 255)]]
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_animated_gives_its_first_frame(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    first, second = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    first.save(path, save_all=True, append_images=[second], lossless=True)
+    assert getattr(Image.open(path), "n_frames", 1) == 2
+    assert pixels(load_image(path))[0][0] == (255, 0, 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation(tmp_path: Path, orientation: int) -> None:
+    """However a camera stored it, the picture comes upright: a 3 x 2 one with four known corners."""
+    upright = np.array([[[10, 0, 0], [20, 0, 0], [30, 0, 0]], [[40, 0, 0], [50, 0, 0], [60, 0, 0]]], dtype=np.uint8)
+    store = {  # what of the upright picture lies in the file, row by row (TIFF 6.0, Orientation)
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: upright.transpose(1, 0, 2)[::-1],
+        7: upright.transpose(1, 0, 2)[::-1, ::-1],
+        8: upright.transpose(1, 0, 2)[:, ::-1],
+    }
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "a.png"
+    Image.fromarray(np.ascontiguousarray(store[orientation])).save(path, exif=exif)
+    assert np.array_equal(np.asarray(load_image(path)), upright)
+
+
+def test_1_by_1(tmp_path: Path) -> None:
+    Image.new("RGB", (1, 1), (255, 0, 51)).save(tmp_path / "a.png")
+    image = load_image(tmp_path / "a.png")
+    for size in (None, 32):
+        tensor = preprocess(image, size)
+        assert tensor.shape == (3, size or 16, size or 16)
+        assert torch.allclose(tensor[:, 3, 3], torch.tensor([1.0, -1.0, -0.6]), atol=1e-6)
+
+
+def test_preprocess_resizes_the_short_side_and_crops_the_centre() -> None:
+    image = noise(60, 40)
+    expected = image.resize((48, 32), Image.Resampling.BICUBIC).crop((8, 0, 40, 32))
+    tensor = preprocess(image, 32)
+    assert tensor.dtype == torch.float32
+    assert np.array_equal(np.asarray(to_pil(tensor)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("size", [(640, 20), (20, 640)])
+def test_preprocess_of_a_long_picture_is_the_same_without_its_ends(size: tuple[int, int]) -> None:
+    image = noise(*size)
+    scaled = image.resize((size[0] * 32 // 20, size[1] * 32 // 20), Image.Resampling.BICUBIC)
+    left, top = (scaled.width - 32) // 2, (scaled.height - 32) // 2
+    expected = np.asarray(scaled.crop((left, top, left + 32, top + 32)))
+    assert np.array_equal(np.asarray(to_pil(preprocess(image, 32))), expected)
+
+
+def test_preprocess_of_a_very_long_picture_needs_little_memory() -> None:
+    assert preprocess(Image.new("RGB", (1_000_000, 1)), 256).shape == (3, 256, 256)
+    with pytest.raises(OpenVisionError, match="too narrow"):
+        preprocess(Image.new("RGB", (1_000_000, 1)), None)
+
+
+def test_preprocess_keeps_the_size_but_for_multiples_of_16() -> None:
+    image = noise(70, 37)
+    expected = np.asarray(image.crop((3, 2, 67, 34)))
+    assert np.array_equal(np.asarray(to_pil(preprocess(image, None))), expected)
+    assert preprocess(noise(100, 8), None).shape == (3, 16, 192)
+
+
+def test_to_pil_rounds_and_clamps() -> None:
+    every = torch.arange(256, dtype=torch.uint8).repeat(3, 1, 1)
+    assert torch.equal(to_uint8(every.float() / 127.5 - 1), every)
+    values = torch.tensor([-2.0, -1.0, 0.9 / 127.5 - 1, 0.4 / 127.5 - 1, 1.0, 3.0]).view(1, 1, 6).expand(3, 1, 6)
+    assert [p[0] for p in pixels(to_pil(values))[0]] == [0, 0, 1, 0, 255, 255]
+    assert torch.equal(to_tensor(to_pil(values)), to_tensor(to_pil(to_tensor(to_pil(values)))))
+
+
+def test_random_crop_of_the_whole_leaves_a_picture_of_that_size() -> None:
+    image = np.asarray(noise(32, 32))
+    assert random_crop(image, 32, 1.0, rng()) is image
+    wide = np.asarray(noise(48, 32))
+    assert np.array_equal(random_crop(wide, 32, 1.0, rng()), wide[:, 8:40])
+
+
+def test_random_crop_covers_the_stated_area_and_keeps_left_and_right() -> None:
+    ramp = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, :, None], (256, 256, 3)).copy()
+    widths = []
+    for seed in range(200):
+        row = random_crop(ramp, 64, 0.4, rng(seed))[0, :, 0].astype(int)
+        assert (np.diff(row) >= 0).all()
+        widths.append((row[-1] - row[0]) / 255)
+    # width of a crop of area a and shape s is sqrt(a * s), a in [0.4, 1], s in [3/4, 4/3]
+    assert 0.53 < min(widths) < 0.65 and 0.9 < max(widths) <= 1.0
+    assert np.array_equal(random_crop(ramp, 64, 0.4, rng(7)), random_crop(ramp, 64, 0.4, rng(7)))
+
+
+def test_random_crop_is_antialiased() -> None:
+    stripes = np.zeros((256, 256, 3), np.uint8)
+    stripes[:, ::2] = 255
+    small = random_crop(stripes, 32, 1.0, rng())
+    assert abs(small.astype(int) - 128).max() <= 5  # without: 0 or 255
+
+
+def test_broken_files_never_raise_anything_else(tmp_path: Path) -> None:
+    """Flipping bytes of real files either still gives a picture, or the one error that users get."""
+    draw = rng(3)
+    for suffix in ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"):
+        buffer = io.BytesIO()
+        noise(24, 24).save(buffer, suffix)
+        for trial in range(40):
+            data = bytearray(buffer.getvalue())
+            for _ in range(1 + trial % 6):
+                data[int(draw.random() * min(len(data), 200))] = int(draw.random() * 256)
+            path = tmp_path / f"{trial}.{suffix}"
+            path.write_bytes(data)
+            try:
+                assert load_image(path).mode == "RGB"
+            except OpenVisionError as error:
+                assert "\n" not in str(error)
