@@ -25,7 +25,8 @@ lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# Python 3.11 first: it is what constraints.txt was resolved for.
+# Python 3.11 first: it is what constraints.txt was resolved for. Below, --no-compile leaves byte-compiling to the first
+# import: of these packages little is ever imported.
 $(BIN)/python:
 	@for python in $(PYTHON) python3.11 python3.12 python3.13 python3.14 python3; do \
 	  if $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
@@ -35,22 +36,23 @@ $(BIN)/python:
 
 $(VENV)/.stamp-core: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing openvision3 and what it needs into $(VENV) (minutes the first time: PyTorch is large)"
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-core
 	@echo "Installing what lint and tests need into $(VENV)"
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[eval,dev]'
+	$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt -e '.[eval,dev]'
 	@touch $@
 
 # A fresh resolution of the newest versions that pyproject.toml allows; torch and torchvision stay as pinned.
 constraints: $(BIN)/python
 	grep -E '^(torch|torchvision)==' constraints.txt > constraints.tmp
 	$(BIN)/python -m pip install -qq --dry-run --ignore-installed --report report.tmp -c constraints.tmp '.[eval,dev]'
-	{ grep '^#' constraints.txt; $(BIN)/python -c 'import json; print("\n".join(sorted((f"{p[\"name\"]}=={p[\"version\"]}" \
-	  for p in (i["metadata"] for i in json.load(open("report.tmp"))["install"]) if p["name"] != "openvision3" and not \
-	  p["name"].startswith(("nvidia-", "cuda-", "triton", "setuptools"))), key=str.lower)))'; } > constraints.tmp
-	mv constraints.tmp constraints.txt; rm report.tmp
+	{ grep '^#' constraints.txt; $(BIN)/python -c 'import json; print("\n".join(sorted(( \
+	  p["name"] + "==" + p["version"] for p in (i["metadata"] for i in json.load(open("report.tmp"))["install"]) \
+	  if p["name"] != "openvision3" and not p["name"].startswith(("nvidia-", "cuda-", "triton", "setuptools"))), \
+	  key=str.lower)))'; } > new.tmp
+	mv new.tmp constraints.txt; rm constraints.tmp report.tmp
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

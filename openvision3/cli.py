@@ -46,6 +46,7 @@ COMMANDS: dict[str, Command] = {
     "eval retrieval": Command("image-text retrieval, R@1/5/10 both ways", "evaluation", "retrieval"),
     "eval captioning": Command("caption exactness and CIDEr-D", "evaluation", "captioning"),
     "eval probe": Command("a linear probe on pooled embeddings", "evaluation", "probe"),
+    "eval vae": Command("PSNR, SSIM, LPIPS of a frozen VAE alone", "evaluation", "vae"),
     "eval all": Command("all of these", "evaluation", "everything"),
     "convert": Command("released or PyTorch weights to a model folder", "convert", "convert"),
     "assets list": Command("weights that are fetched by name, and which are here", "assets", "assets_list"),

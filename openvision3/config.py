@@ -52,6 +52,7 @@ class TransformerConfig:
     mlp_width: int = 0  # 0: 4 * width
     activation: Activation = "gelu"
     norm_eps: float = 1e-6
+    residual_init: float = 1.0  # factor on the initial weights that write to the residual stream (see docs/METHOD.md)
 
 
 @dataclass(frozen=True)
@@ -218,10 +219,10 @@ class VAETrainConfig:
     vae: TinyVAEConfig = TinyVAEConfig()
     resolution: int = 128  # pixels
     samples: int = 24_000
-    warmup_samples: int = 1_000
+    warmup_samples: int = 2_000
     batch_size: int = 8
-    peak_lr: float = 3e-3
-    optimizer: OptimizerConfig = OptimizerConfig(beta2=0.99, weight_decay=0.0)
+    peak_lr: float = 1e-3
+    optimizer: OptimizerConfig = OptimizerConfig(weight_decay=0.0)
     l1_weight: float = 1.0
     mse_weight: float = 4.0
     lpips_weight: float = 0.1

@@ -103,7 +103,7 @@ class TinyEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_variance = self.head(_activation(self.layers(images))).chunk(2, dim=1)
-        return mean + self.linear(F.pixel_unshuffle(images, 8)), log_variance - 6
+        return mean + self.linear(F.pixel_unshuffle(images, 8)), (log_variance - 6).clamp(-12, 2)
 
 
 class TinyDecoder(nn.Module):

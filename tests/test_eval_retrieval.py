@@ -21,15 +21,17 @@ def test_hits_with_ties_are_expectations() -> None:
     assert hit_probability(scores, target, 9).tolist() == [1.0, 1.0, 1.0]
 
 
+def directions(*degrees: float) -> torch.Tensor:
+    angles = torch.deg2rad(torch.tensor(degrees))
+    return torch.stack([angles.cos(), angles.sin()], dim=1)
+
+
 def test_recalls_both_ways() -> None:
-    # picture i against text j; both sides are unit vectors of a fixed 2-D arrangement
-    images = F.normalize(torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), dim=1)
-    texts = F.normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]), dim=1)
-    figures = recalls(images, texts, torch.tensor([0, 1, 2]))
-    # picture 0 -> text 0 first; picture 1 -> texts 2 (.96), 0 (.8), 1 (.6); picture 2 -> texts 1, 2 (.8)
-    assert figures["image_to_text_r1"] == pytest.approx(1 / 3)
-    # text 0 -> picture 0; text 1 -> pictures 2, 1; text 2 -> picture 1 (.96), 2 (.8)
-    assert figures["text_to_image_r1"] == pytest.approx(1 / 3)
+    # each picture's own text is its nearest; text 2 (60 degrees) is nearer to picture 1 (37) than to its own (90)
+    figures = recalls(directions(0, 37, 90), directions(0, 50, 60), torch.arange(3))
+    assert (figures["image_to_text_r1"], figures["text_to_image_r1"]) == (1.0, pytest.approx(2 / 3))
+    figures = recalls(directions(0, 50, 60), directions(0, 37, 90), torch.arange(3))
+    assert (figures["image_to_text_r1"], figures["text_to_image_r1"]) == (pytest.approx(2 / 3), 1.0)
     assert figures["image_to_text_r5"] == figures["text_to_image_r10"] == 1.0
     assert (figures["ceiling_r1"], figures["chance_r1"], figures["chance_r5"]) == (1.0, pytest.approx(1 / 3), 1.0)
 

@@ -138,6 +138,13 @@ def test_frechet_distance_equals_the_textbook_formula(count: int) -> None:
     assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_statistics_are_float64() -> None:
+    """A small spread around a large mean is lost when summed in fp32."""
+    features = 1000 + torch.tensor([[0.0], [0.25]]).repeat(5000, 1)
+    assert statistics(features).mean.item() == 1000.125
+    assert statistics(features).covariance.item() == pytest.approx(0.125**2 * 10000 / 9999, rel=1e-9)
+
+
 def test_kernel_distance_of_a_hand_computed_case() -> None:
     a, b = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [3.0]])
     # k(x, y) = (xy + 1)^3: k(1,2) = 27; k(0,3) = 1; across: 1, 64, 1, 343 with mean 102.25

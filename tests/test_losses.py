@@ -81,10 +81,11 @@ def test_micro_batches_add_up_to_the_whole_batch():
     count = int((targets != 0).sum())
     predicted = torch.randn(6, 3, 4, 4, requires_grad=True)
     whole = losses.pixel_l1(predicted, images, 6)
-    parts = sum(losses.pixel_l1(predicted[i : i + 2], images[i : i + 2], 6) for i in (0, 2, 4))
+    parts = torch.stack([losses.pixel_l1(predicted[i : i + 2], images[i : i + 2], 6) for i in (0, 2, 4)]).sum()
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(torch.autograd.grad(parts, predicted), torch.autograd.grad(whole, predicted))
     whole = losses.caption_loss(logits, targets, 0, count)
-    parts = sum(losses.caption_loss(logits[i : i + 2], targets[i : i + 2], 0, count) for i in (0, 2, 4))
+    shares = [losses.caption_loss(logits[i : i + 2], targets[i : i + 2], 0, count) for i in (0, 2, 4)]
+    parts = torch.stack(shares).sum()
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(whole, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=0))

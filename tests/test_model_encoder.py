@@ -15,6 +15,13 @@ SMALL = TransformerConfig(32, 2, 2)
 CONFIG = ModelConfig("small", image_size=64, embed_dim=24, encoder=SMALL, decoder=TransformerConfig(48, 2, 3))
 
 
+def silence_blocks(module):
+    """Takes attention and MLP out of the residual stream."""
+    for name, parameter in module.named_parameters():
+        if "attention.out" in name or "mlp.down" in name:
+            torch.nn.init.zeros_(parameter)
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_family_forward_and_backward(name):
     """One block of each size: every parameter takes part, and the tokens' count and width are right."""
@@ -47,10 +54,7 @@ def test_any_multiple_of_16_and_a_helpful_error_otherwise():
 def test_tokens_are_row_by_row():
     """The first token row comes from the first latent row: with attention and MLP off, tokens follow their patches."""
     encoder = VisionEncoder(CONFIG).eval()
-    for block in encoder.transformer.blocks:
-        for layer in (block.attention.out, block.mlp.down):
-            torch.nn.init.zeros_(layer.weight)
-            torch.nn.init.zeros_(layer.bias)
+    silence_blocks(encoder)
     latents = torch.zeros(1, 16, 4, 6)
     latents[0, :, 2:4, 0:2] = 1.0  # second row, first column of a 2 x 3 grid
     change = encoder(latents) - encoder(torch.zeros_like(latents))
@@ -68,6 +72,7 @@ def test_stored_positions_are_used_as_stored_and_interpolated_for_other_grids():
     torch.testing.assert_close(stored(latents), formula(latents))
     assert stored.position_table((6, 3))[1].shape == (18, 32)
     assert stored(torch.randn(1, 16, 12, 6)).isfinite().all()
+    assert stored.positions is not None
     stored.positions[0] += 1.0  # the class row counts too
     assert not torch.allclose(stored(latents), formula(latents))
 
@@ -78,10 +83,7 @@ def test_decoder_shapes_and_order():
     assert decoder(torch.randn(2, 6, 32), (2, 3)).shape == (2, 16, 4, 6)
     with pytest.raises(OpenVisionError, match="grid of 2 x 2"):
         decoder(torch.randn(2, 6, 32), (2, 2))
-    for block in decoder.transformer.blocks:
-        for layer in (block.attention.out, block.mlp.down):
-            torch.nn.init.zeros_(layer.weight)
-            torch.nn.init.zeros_(layer.bias)
+    silence_blocks(decoder)
     tokens = torch.randn(1, 6, 32)
     moved = tokens.clone()
     moved[0, 4] += torch.randn(32)  # second row, second column

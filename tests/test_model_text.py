@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from openvision3.config import OpenVisionError, TextDecoderConfig, TextEncoderConfig, TransformerConfig
+from openvision3.config import AttentionPath, OpenVisionError, TextDecoderConfig, TextEncoderConfig, TransformerConfig
 from openvision3.model.generate import beam_search, greedy_search
 from openvision3.model.text import CaptionDecoder, TextEncoder
 
@@ -23,9 +23,9 @@ def make_decoder(image_input, vocab_size=12, context_length=9, seed=0):
     return decoder.eval()
 
 
-def make_encoder():
+def make_encoder(path: AttentionPath = "auto") -> TextEncoder:
     torch.manual_seed(0)
-    return TextEncoder(TextEncoderConfig(SIZE, 20, 10, PAD), 16, "auto").eval()
+    return TextEncoder(TextEncoderConfig(SIZE, 20, 10, PAD), 16, path).eval()
 
 
 def uncached_greedy(decoder, tokens, max_length):
@@ -44,9 +44,7 @@ def uncached_greedy(decoder, tokens, max_length):
 
 @pytest.mark.parametrize("path", ["matmul", "sdpa"])
 def test_padding_is_invisible_and_the_tower_is_bidirectional(path):
-    encoder = make_encoder()
-    for block in encoder.transformer.blocks:
-        block.attention.path = path
+    encoder = make_encoder(path)
     with torch.no_grad():
         encoder.embedding.positions[5:9] = encoder.embedding.positions[4]  # so that [cls] moving is no difference
         encoder.embedding.positions[9] = encoder.embedding.positions[5]

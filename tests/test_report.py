@@ -129,12 +129,12 @@ def test_same_report_same_bytes(report: Report) -> None:
 def test_empty_and_partial_reports() -> None:
     page = Page(render(Report()))
     assert "Losses" not in page.text and "Figures" not in page.text
-    samples = scene_samples(6, 32)
+    samples = scene_samples(6, 32, SceneConfig(num_names=4))
     figures = evaluate_all(Oracle(samples), samples, ["captioning", "retrieval"])
     text = Page(render(Report(figures=figures))).text
     assert "Retrieval among 6" in text and "Zero-shot" not in text and "nan" not in text.lower().replace("banan", "")
     model = random_model(decoder=None, text_encoder=None)
-    figures = evaluate_all(model, samples)
+    figures = evaluate_all(model, samples, probe_per_label=4)
     text = Page(render(Report(figures=figures, gallery=gallery(model, samples, 2)))).text
     assert "Left out: retrieval" in text and "unified" not in text.replace("unified encoder", "")
 

@@ -74,6 +74,13 @@ def test_the_run_folder_is_whole(unbroken: Path) -> None:
     assert set(f"{needed} samples_per_second temperature token_rms bad_samples".split()) <= rows[0].keys()
 
 
+def test_a_complete_run_is_left_alone(unbroken: Path, vae: VAEConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*") if path.name not in ("config.json", ".lock")}
+    train(tiny_config(unbroken, vae, STEPS), "cpu")
+    assert "is complete: its weights are in" in capsys.readouterr().out
+    assert all(path.stat().st_mtime_ns == time for path, time in files.items() if path.is_file())
+
+
 def test_same_seed_same_weights(tmp_path: Path, vae: VAEConfig, unbroken: Path) -> None:
     config = tiny_config(tmp_path / "again", vae, STEPS)
     assert_same_run(train(replace(config, data=replace(config.data, num_workers=1)), "cpu"), unbroken)

@@ -243,6 +243,17 @@ def test_broken_headers_are_safe(tmp_path: Path, changes: list[tuple[int, int]])
     assert all(o >= 0 and o + n <= len(data) for entry in index.entries for o, n in entry.members.values())
 
 
+def test_a_damaged_header_ends_the_tar(tmp_path: Path) -> None:
+    """One flipped bit in the third header: its checksum gives it away, the samples before it stay."""
+    path = write_tar(tmp_path / "a.tar", {"a.txt": b"1", "b.txt": b"2", "c.txt": b"3"})
+    data = bytearray(path.read_bytes())
+    data[2 * 1024] ^= 1
+    path.write_bytes(data)
+    index = scan(path)
+    assert [entry.key for entry in index.entries] == ["a", "b"]
+    assert index.broken == "no member's header at byte 2048"
+
+
 def test_a_header_with_a_huge_size_is_safe(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     info = tarfile.TarInfo("a.txt")

@@ -71,8 +71,12 @@ def config(**changes) -> TrainConfig:
 
 def test_a_changed_config_is_told_and_refused(tmp_path: Path) -> None:
     told: list[str] = []
-    with open_run(tmp_path / "run", config(), told.append):
-        pass
+    with open_run(tmp_path / "run", config(seed=7), told.append):
+        record_environment(tmp_path / "run", torch.device("cpu"), precision="bf16")
+    with open_run(tmp_path / "run", config(), told.append):  # nothing has been trained yet
+        assert recorded_environment(tmp_path / "run") is None
+    assert not told
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
     with open_run(tmp_path / "run", config(log_every=3, data=DataConfig(num_workers=2)), told.append):
         pass
     assert told == ["data.num_workers: 1 -> 2", "log_every: 10 -> 3"]

@@ -82,6 +82,11 @@ def test_30000_by_30000(tmp_path: Path) -> None:
     assert refusal(path).startswith("too large")
 
 
+def test_the_limit_holds_where_another_library_lifted_pillows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert refusal(grey_png(tmp_path / "bomb.png", 30_000, 30_000, bits=1)).startswith("too large (30000 x 30000")
+
+
 def test_largest_size_is_checked_before_decoding(tmp_path: Path) -> None:
     """Between Pillow's warning (89 million pixels) and its error (179 million) a picture is read, above it is not."""
     assert refusal(grey_png(tmp_path / "a.png", 13_400, 13_400, bits=1)).startswith("too large")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from openvision3.evaluation.fidelity import FeatureNetwork
     from openvision3.evaluation.samples import SampleSet
 
+SIZE = 128  # pixels, where the model has no size of its own
 ALL = ("reconstruction", "zeroshot", "retrieval", "captioning", "probe")
 
 
@@ -24,9 +25,7 @@ ALL = ("reconstruction", "zeroshot", "retrieval", "captioning", "probe")
 class EvalOptions:
     """What is measured on, and how."""
 
-    data: str = (
-        "scenes-v1"  # the demo's benchmark, or "landscapes", a folder (sub-folders are labels), tars
-    )
+    data: str = "scenes-v1"  # the demo's benchmark, or "landscapes", a folder (sub-folders are labels), tars
     samples: int = 0  # pictures used; 0: all (scenes-v1 has 1000)
     size: int = 0  # side of the square pictures, pixels; 0: the model's own
     batch_size: int = 32
@@ -79,16 +78,39 @@ def everything(
     return _evaluate(ALL, model, options, output)
 
 
+def vae(
+    source: Annotated[str, tyro.conf.arg(name="vae")] = "tiny",
+    device: str = "auto",
+    options: Options = EvalOptions(),
+    output: Output = OutputOptions(),
+) -> int:
+    """PSNR, SSIM, LPIPS and set distances of a frozen VAE alone, the ceiling of any model on its latents.
+
+    vae: "tiny", or a diffusers autoencoder's folder or hub id.
+    """
+    common.refuse_existing(output.json, output.overwrite)
+    common.refuse_existing(options.html, output.overwrite)
+    from openvision3.evaluation.vae_alone import VAEAlone
+    from openvision3.training.precision import resolve_device
+    from openvision3.vae import load_vae
+
+    return _measure(VAEAlone(load_vae(source, resolve_device(device))), source, ("reconstruction",), options, output)
+
+
 def _evaluate(parts: Sequence[str], model: ModelOptions, options: EvalOptions, output: OutputOptions) -> int:
     common.refuse_existing(output.json, output.overwrite)
     common.refuse_existing(options.html, output.overwrite)
-    loaded = common.load_model(model)
+    return _measure(common.load_model(model), model.model, parts, options, output)
+
+
+def _measure(loaded: Any, name: str, parts: Sequence[str], options: EvalOptions, output: OutputOptions) -> int:
+    """Measures a loaded model, prints the figures and writes what was asked for; returns the exit code."""
     from openvision3.data.demo import BENCHMARK, BENCHMARK_SAMPLES
     from openvision3.evaluation.evaluate import evaluate_all
     from openvision3.evaluation.samples import open_samples
 
     scenes = SceneConfig(num_names=options.num_names)
-    size = options.size or loaded.config.image_size
+    size = options.size or getattr(loaded.config, "image_size", SIZE)
     data = open_samples(options.data, size, options.samples, scenes, options.labels)
     network = _feature_network(options, loaded) if "reconstruction" in parts and options.fidelity else None
     total = options.samples or (BENCHMARK_SAMPLES if options.data == BENCHMARK else None)
@@ -107,7 +129,7 @@ def _evaluate(parts: Sequence[str], model: ModelOptions, options: EvalOptions, o
     if options.html is not None:
         from openvision3.evaluation.report import Report, write_report
 
-        write_report(Report(title=f"{model.model} on {options.data}", figures=figures), options.html)
+        write_report(Report(title=f"{name} on {options.data}", figures=figures), options.html)
     return _failures(data)
 
 

@@ -61,7 +61,9 @@ def info(
     print(f"embedding: {config.embed_dim} numbers; has {_abilities(loaded)}")
     vae, licence = config.vae, config.vae.licence or "not stated"
     if config.input == "latents":
-        print(f"VAE: {vae.kind} from {vae.source}, licence {licence}, {vae.channels} channels at 1/{vae.factor}{missing}")
+        print(
+            f"VAE: {vae.kind} from {vae.source}, licence {licence}, {vae.channels} channels at 1/{vae.factor}{missing}"
+        )
     figures = {"model": model, "size": size, "parameters": parameters, "flops": flops, "config": to_dict(config)}
     common.write_json(output.json, figures, output.overwrite)
     return 0

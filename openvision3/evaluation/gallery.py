@@ -65,7 +65,7 @@ def token_pictures(tokens: Tensor, grid: tuple[int, int]) -> list[np.ndarray]:
     """The first three principal components of tokens (B, N, D) over the whole batch, as uint8 (h, w, 3) pictures.
 
     Each component is stretched from its 1st to its 99th percentile, with the sign that makes its largest weight
-    positive, so that the same tokens give the same colours. Where there are fewer than three, the missing colours stay grey.
+    positive, so that the same tokens give the same colours. Where there are fewer, the missing colours stay grey.
     """
     flat = tokens.double().cpu().flatten(0, 1)
     flat = flat - flat.mean(dim=0)

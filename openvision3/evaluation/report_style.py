@@ -98,7 +98,8 @@ footer {
   .strip { grid-template-columns: 1fr 1fr; } .charts { grid-template-columns: 1fr; }
   .keys { grid-template-columns: 1fr; } .keys dd { margin-bottom: 6px; }
   .words { grid-template-columns: 1fr; } .words dd { margin-bottom: 4px; }
-  table { font-size: 13px; } td small { display: block; } th, td { padding-left: 10px; } td:first-child { min-width: 6.5em; }
+  table { font-size: 13px; } td small { display: block; }
+  th, td { padding-left: 10px; } td:first-child { min-width: 6.5em; }
 }
 @media print { .card { break-inside: avoid; } }
 """

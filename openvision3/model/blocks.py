@@ -200,6 +200,12 @@ class Block(nn.Module):
             x = x + self.cross(self.norm_cross(x), cross)
         return x + self.mlp(self.norm_2(x)), kept
 
+    @torch.no_grad()
+    def scale_outputs(self, factor: float) -> None:
+        """Multiplies the weights that write to the residual stream: a small factor starts the block near identity."""
+        for layer in (self.attention.out, self.mlp.down, *([self.cross.out] if self.cross is not None else [])):
+            layer.weight.mul_(factor)
+
 
 class Transformer(nn.Module):
     """A stack of blocks without embeddings or final norm. `checkpoint_blocks` recomputes each in the backward pass."""
@@ -209,6 +215,9 @@ class Transformer(nn.Module):
         check_transformer(config)
         self.config, self.context_width, self.checkpoint_blocks = config, context_width, False
         self.blocks = nn.ModuleList(Block(config, path, context_width) for _ in range(config.depth))
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.scale_outputs(config.residual_init)
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None, first_query: int = 0

@@ -64,6 +64,9 @@ def train(config: TrainConfig, device: str = "auto", evaluate: Evaluate | None =
     folder, stages = run_folder(config), plan(config)
     with open_run(folder, config, say=print), StopRequest() as stop:
         resume = latest_checkpoint(folder / "checkpoints")
+        if resume and checkpoint_step(resume) == stages[-1].last_step and (folder / "model").exists():
+            print(f"{folder} is complete: its weights are in {folder / 'model'}")
+            return folder
         model = build_model(config, resolve_device(device), random=resume is None)
         state = load_checkpoint(resume, {"model": model}, ignore=FROZEN) if resume else {}
         precision = settle_precision(config, folder, model, stages[0])

@@ -20,6 +20,8 @@ import torch
 
 from openvision3.config import OpenVisionError, differences, load_json, save_json
 
+ENVIRONMENT = "environment.json"
+
 
 class RunInterrupted(Exception):
     """A run that stopped on a signal, with everything saved: says where. `signal_number` is the signal."""
@@ -34,7 +36,8 @@ def open_run(folder: Path, config: Any, say: Callable[[str], None]) -> Iterator[
     """Creates the run's folder, or enters it again to resume, and holds it against other processes meanwhile.
 
     The config is written at the first start. At a resume, each difference from it is told through `say`; where one of
-    them is not marked resumable, raises `OpenVisionError` and changes nothing.
+    them is not marked resumable, raises `OpenVisionError` and changes nothing. Before the first step is recorded, there
+    is nothing to resume, and any config will do.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.json"
@@ -45,10 +48,18 @@ def open_run(folder: Path, config: Any, say: Callable[[str], None]) -> Iterator[
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # record lock: data workers do not inherit it
         except OSError:
             raise OpenVisionError(f"{folder} is in use by another process") from None
-        if path.exists():
+        if not has_begun(folder):
+            (folder / ENVIRONMENT).unlink(missing_ok=True)
+        elif path.exists():
             check_resumable(load_json(type(config), path), config, folder, say)
         save_json(config, path)
         yield
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a run has recorded a step or saved a checkpoint."""
+    records = folder / "metrics.jsonl"
+    return (records.exists() and records.stat().st_size > 0) or any((folder / "checkpoints").glob("step_*"))
 
 
 def check_resumable(old: Any, new: Any, folder: Path, say: Callable[[str], None]) -> None:
@@ -78,15 +89,15 @@ def record_environment(folder: Path, device: torch.device, **decisions: Any) -> 
         "packages": {name: version for name in packages if (version := _version(name)) is not None},
         **decisions,
     }
-    temporary = folder / "environment.json.tmp"
+    temporary = folder / f"{ENVIRONMENT}.tmp"
     temporary.write_text(json.dumps(record, indent=2) + "\n")
-    temporary.replace(folder / "environment.json")
+    temporary.replace(folder / ENVIRONMENT)
     return record
 
 
 def recorded_environment(folder: Path) -> dict[str, Any] | None:
     """The `environment.json` of a run that has started before, or None."""
-    path = folder / "environment.json"
+    path = folder / ENVIRONMENT
     return json.loads(path.read_text()) if path.exists() else None
 
 

@@ -7,7 +7,7 @@ gives the gradient of each feature, and the second pass carries it on into the t
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,11 +30,16 @@ class MicroBatch:
 
     start: int  # of its first sample, within the batch
     positions: list[int]  # within the run, which the noise depends on
-    images: Tensor  # (M, 3, R, R) in [-1, 1]
+    pixels: Tensor  # uint8 (M, 3, R, R): a quarter of the images' memory, where the whole batch waits
     latents: Tensor | None  # (M, C, h, w) scaled VAE latents; None for a model on pixels
     alt_ids: Tensor  # (M, Lc)
     caption_text_ids: Tensor  # (M, Lc)
     caption_ids: Tensor  # (M, Ld)
+
+    @property
+    def images(self) -> Tensor:
+        """(M, 3, R, R) in [-1, 1]."""
+        return self.pixels.float() / 127.5 - 1
 
 
 @dataclass(frozen=True)
@@ -161,16 +166,15 @@ class Objective:
         size = self.micro_batch or samples
         for start in range(0, samples, size):
             part = slice(start, start + size)
-            images, alt_ids, caption_text_ids, caption_ids = (
+            pixels, alt_ids, caption_text_ids, caption_ids = (
                 self._to_device(tensor[part])
                 for tensor in (batch.images, batch.alt_ids, batch.caption_text_ids, batch.caption_ids)
             )
-            images = images.float() / 127.5 - 1
-            latents = None
+            micro = MicroBatch(start, batch.positions[part], pixels, None, alt_ids, caption_text_ids, caption_ids)
             if self.model.config.input == "latents":
                 with torch.no_grad(), autocast(self.device, self.precision):
-                    latents = self._vae.encode(images).float()
-            yield MicroBatch(start, batch.positions[part], images, latents, alt_ids, caption_text_ids, caption_ids)
+                    micro = replace(micro, latents=self._vae.encode(micro.images).float())
+            yield micro
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         pinned = tensor.pin_memory() if self.device.type == "cuda" else tensor  # else the copy would wait
