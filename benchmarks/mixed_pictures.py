@@ -20,7 +20,8 @@ from PIL import Image
 from openvision3.config import SceneConfig
 from openvision3.data import demo
 
-KINDS = ("jpg", "png", "webp", "bmp", "tif", "gif", "grey", "palette", "cmyk", "16bit", "alpha", "animated", "exif", "1x1")
+FORMATS = ("jpg", "png", "webp", "bmp", "tif", "gif")
+KINDS = (*FORMATS, "grey", "palette", "cmyk", "16bit", "alpha", "animated", "exif", "1x1")
 BROKEN = ("empty", "text", "truncated", "bomb", "half-header")
 
 
@@ -49,7 +50,7 @@ def write_picture(folder: Path, index: int, rng: random.Random) -> None:
     square = demo.render(demo.scene(SceneConfig(), "val", 1, index), side)
     picture = Image.fromarray(square[: rng.choice((side, side * 3 // 4)), : rng.choice((side, side * 2 // 3))])
     path = folder / f"{index:05d}-{kind}"
-    if kind in ("jpg", "png", "webp", "bmp", "tif", "gif"):
+    if kind in FORMATS:
         picture.save(path.with_suffix(f".{kind}"))
     elif kind == "grey":
         picture.convert("L").save(path.with_suffix(".png"))

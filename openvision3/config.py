@@ -91,6 +91,7 @@ class ModelConfig:
     decoder: TransformerConfig | None = TransformerConfig()
     text_encoder: TextEncoderConfig | None = TextEncoderConfig()
     text_decoder: TextDecoderConfig | None = TextDecoderConfig()
+    decoder_norm: bool = True  # LayerNorm before the decoder's linear layer; without it a token's scale comes through
     noise_tau: float = 0.3  # Eq. 3: sigma ~ U[0, tau] per image
     noise_relative: bool = True  # sigma in units of the tokens' root mean square, so that growing does not escape it
     attention: AttentionPath = "auto"  # "auto": matmul-softmax on CPU, sdpa elsewhere; same mathematics
@@ -123,7 +124,7 @@ class DataConfig:
     source: str = "demo"  # "demo" renders scenes on the fly; else tars: a path, brace list, glob or folder
     scenes: SceneConfig = SceneConfig()  # for source "demo"
     seed: int = 0  # of the order (and of the scenes, for source "demo")
-    shuffle: bool = True  # tars: another order of all samples in each turn, a function of the seed; False: the tars' own
+    shuffle: bool = True  # tars: another order in each turn, a function of the seed; False: the tars' own
     alt_key: str = "txt"  # member that holds the alt text
     caption_field: str = "caption"  # field of the json member that holds the synthetic caption; else the alt text
     crop_min_area: float = 1.0  # training crop: area fraction, 1 = whole picture (paper: 0.4)
@@ -190,7 +191,7 @@ class TrainConfig:
     log_every: int = resumable(10)  # steps
     eval_every: int = resumable(0)  # samples; 0: at the end of each stage only
     eval_samples: int = resumable(256)  # 0: sample pictures only
-    eval_source: str = resumable("")  # folder or tars to evaluate on; empty: held-out scenes for source "demo", else none
+    eval_source: str = resumable("")  # folder or tars to evaluate on; empty: held-out scenes for "demo", else none
     checkpoint_every: int = resumable(0)  # samples; 0: at the end of each stage only
     keep_checkpoints: int = resumable(2)
 
@@ -266,7 +267,9 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
                 hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(hints)}"
                 raise OpenVisionError(f"{where} has no field {name!r}{hint}")
         try:
-            return kind(**{name: _decode(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+            return kind(  # pyright: ignore[reportCallIssue]
+                **{name: _decode(hints[name], item, f"{where}.{name}") for name, item in value.items()}
+            )
         except TypeError as error:
             raise OpenVisionError(f"{where}: {error}") from None
     origin, args = typing.get_origin(kind), typing.get_args(kind)

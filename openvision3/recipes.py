@@ -32,12 +32,13 @@ def _demo_model(
 
     def stack(depth: int) -> TransformerConfig:
         # squared ReLU: a third of a CPU step goes to GELU and its gradient otherwise
-        return TransformerConfig(width, depth, max(1, width // 64), activation="relu_squared")
+        return TransformerConfig(width, depth, max(1, width // 64), activation="relu_squared", residual_init=0.1)
 
     return ModelConfig(
         name=name,
         image_size=128,
         embed_dim=width,
+        decoder_norm=False,
         encoder=stack(encoder),
         decoder=stack(decoder),
         text_encoder=TextEncoderConfig(stack(text_encoder), tokenizer.vocab_size, text_length),
@@ -47,7 +48,7 @@ def _demo_model(
 
 
 def quickstart() -> TrainConfig:
-    """A small encoder of 100 named things at 128 px, in about five minutes on two cores (what `ov3 quickstart` trains)."""
+    """A small encoder of 100 named things, in about five minutes on two cores (what `ov3 quickstart` trains)."""
     scenes = SceneConfig(
         num_names=100, size_min=0.35, size_max=0.65, count_weights=(0.6, 0.4, 0.0, 0.0), max_rotation=5.0
     )
@@ -55,11 +56,11 @@ def quickstart() -> TrainConfig:
         recipe="quickstart",
         model=_demo_model("quickstart", width=192, encoder=4, decoder=2, text_encoder=2, text_decoder=2),
         data=DataConfig(scenes=scenes),
-        loss=LossConfig(pixel_stride=8),
+        loss=LossConfig(omega_rec=6.0, beta=1.0, pixel_stride=8),
         optimizer=OptimizerConfig(weight_decay=0.05),
-        stage1=StageConfig(resolution=128, samples=24_000, warmup_samples=1_600, batch_size=32, base_lr=8e-3),
+        stage1=StageConfig(resolution=64, samples=32_000, warmup_samples=1_600, batch_size=64, base_lr=6e-3),
         stage2=StageConfig(
-            resolution=128, samples=4_000, warmup_samples=320, batch_size=32, base_lr=2e-3, lpips_weight=0.5
+            resolution=128, samples=9_600, warmup_samples=640, batch_size=64, base_lr=3e-3, lpips_weight=0.5
         ),
         log_every=10,
     )
@@ -71,7 +72,7 @@ def demo() -> TrainConfig:
         recipe="demo",
         model=_demo_model("demo", width=192, encoder=6, decoder=4, text_encoder=4, text_decoder=4),
         data=DataConfig(scenes=SceneConfig(size_min=0.2, size_max=0.65)),
-        loss=LossConfig(pixel_stride=8),
+        loss=LossConfig(omega_rec=4.0, beta=1.0, pixel_stride=8),
         optimizer=OptimizerConfig(weight_decay=0.05),
         stage1=StageConfig(resolution=128, samples=300_000, warmup_samples=10_000, batch_size=96, base_lr=4e-3),
         stage2=StageConfig(

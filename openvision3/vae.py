@@ -43,7 +43,8 @@ class FrozenVAE(nn.Module):
         """
         factor = self.config.factor
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
-            raise ValueError(f"expected images (B, 3, H, W) with H and W multiples of {factor}, got {tuple(images.shape)}")
+            shape = tuple(images.shape)
+            raise ValueError(f"expected images (B, 3, H, W) with H and W multiples of {factor}, got {shape}")
         return (self._encode(images) - self.config.latent_shift) * self.config.latent_scale
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -67,15 +68,19 @@ def _activation(x: Tensor) -> Tensor:
     return F.leaky_relu(x, 0.1)
 
 
+def _zero(layer: nn.Conv2d) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+
+
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions around an activation; no normalisation, so that what is decoded does not depend on the crop."""
+    """Two 3x3 convolutions around an activation; not normalised: what is decoded does not depend on the crop."""
 
     def __init__(self, width: int):
         super().__init__()
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        _zero(self.conv2)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(_activation(self.conv1(_activation(x))))
@@ -98,8 +103,7 @@ class TinyEncoder(nn.Module):
             layers += [ResidualBlock(width) for _ in range(depth)]
         self.layers = nn.Sequential(*layers)
         self.head = nn.Conv2d(widths[-1], 2 * channels, 1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        _zero(self.head)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_variance = self.head(_activation(self.layers(images))).chunk(2, dim=1)
@@ -119,8 +123,7 @@ class TinyDecoder(nn.Module):
                 layers += [nn.Conv2d(widths[i], 4 * widths[i - 1], 1), nn.PixelShuffle(2)]
         self.layers = nn.Sequential(*layers)
         self.head = nn.Conv2d(widths[0], 12, 3, padding=1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        _zero(self.head)
 
     def forward(self, latents: Tensor) -> Tensor:
         image = F.pixel_shuffle(self.head(_activation(self.layers(latents))), 2)

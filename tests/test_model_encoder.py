@@ -91,6 +91,12 @@ def test_decoder_shapes_and_order():
     assert changed.int().tolist() == [[0, 0, 0, 0, 0, 0]] * 2 + [[0, 0, 1, 1, 0, 0]] * 2
 
 
+def test_decoder_knows_where_a_token_is():
+    decoder = LatentDecoder(CONFIG, TransformerConfig(48, 1, 3)).eval()
+    corners = decoder(torch.randn(1, 1, 32).expand(1, 4, 32), (2, 2))[0, 0, ::2, ::2].flatten()
+    assert len(set(corners.tolist())) == 4  # equal tokens, different outputs
+
+
 def test_square_grid():
     assert square_grid(64) == (8, 8)
     with pytest.raises(OpenVisionError, match="grid="):

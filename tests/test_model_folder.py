@@ -135,7 +135,7 @@ def test_parts_that_do_not_fit_are_refused():
         OpenVision3(make_config(in_channels=4, vae=VAEConfig(channels=4)), make_vae())
     for broken in ({"image_size": 70}, {"input": "pixels"}, {"patch_size": 0}, {"noise_tau": -1.0}, {"embed_dim": 0}):
         with pytest.raises(OpenVisionError):
-            OpenVision3(make_config(**broken))
+            OpenVision3(make_config(**broken))  # pyright: ignore[reportArgumentType]
 
 
 def test_parameters_by_part_add_up(model):
@@ -147,8 +147,8 @@ def test_parameters_by_part_add_up(model):
 
 @pytest.mark.parametrize("image_input", ["cross", "prefix"])
 def test_flops_equal_torchs_count(image_input: Literal["prefix", "cross"]):
-    vae = make_vae()
-    model = OpenVision3(make_config(image_input, attention="matmul"), vae)
+    vae, matmul = make_vae(), {"attention": "matmul"}
+    model = OpenVision3(make_config(image_input, **matmul), vae)
     latents = torch.randn(1, 16, 8, 8)
     tokens = model.encode_latents(latents)
     calls = {

@@ -57,6 +57,13 @@ def test_padding_is_invisible_and_the_tower_is_bidirectional(path):
     torch.testing.assert_close(encoder(short), encoder(long))
 
 
+def test_the_feature_is_the_last_position():
+    encoder, ids = make_encoder(), torch.tensor([[BOS, 7, 8, EOS, PAD, CLS]])
+    mask = (ids != PAD)[:, None, None, :]
+    outputs = encoder.transformer(encoder.embedding(ids), mask)
+    torch.testing.assert_close(encoder(ids), encoder.projection(encoder.norm(outputs[:, -1])))
+
+
 def test_text_beyond_the_context_is_refused():
     with pytest.raises(OpenVisionError, match="context length 10"):
         make_encoder()(torch.ones(1, 11, dtype=torch.long))

@@ -53,7 +53,7 @@ def tiny_config(out: Path, vae: VAEConfig, steps: int = 6, lpips: float = 0.0, *
     first = steps * 2 // 3
     values: dict[str, Any] = {
         "model": tiny_model(vae),
-        "data": DataConfig(scenes=SceneConfig(num_names=5), num_workers=0),
+        "data": DataConfig(scenes=SceneConfig(num_names=30), num_workers=0),
         "loss": LossConfig(pixel_stride=2),
         "stage1": StageConfig(32, samples=4 * first, warmup_samples=4, batch_size=4, base_lr=0.1),
         "stage2": StageConfig(48, 4 * (steps - first), 2, batch_size=4, base_lr=0.05, lpips_weight=lpips),

@@ -129,7 +129,9 @@ def _measure(folder: Path, held_out: "SampleSet", device: str, trained_on: int) 
 
     model: OpenVision3 = openvision3.load(folder / "model", device=resolve_device(device))
     with common.Progress(None, "held-out scenes measured") as progress:
-        figures = evaluate_all(model, held_out, probe_per_label=8, progress=lambda done: progress.advance(done - progress.done))
+        figures = evaluate_all(
+            model, held_out, probe_per_label=8, progress=lambda done: progress.advance(done - progress.done)
+        )
     common.write_json(folder / "evaluation.json", figures, overwrite=True)
     report = report_of_run(folder)
     report.title = "OpenVision 3 quickstart"
@@ -152,7 +154,7 @@ def _print_summary(figures: dict[str, Any]) -> None:
         ("captions of one thing right", percent(c["one_set"]), ""),
         ("captions of several different things right", percent(c["different_set"]), ""),
         ("zero-shot top-1", percent(z["bare_top1"]), f"{percent(z['chance_top1'])} by chance"),
-        ("picture to caption, R@1", percent(t["image_to_text_r1"]), f"{percent(t["ceiling_r1"])} at best"),
-        ("caption to picture, R@1", percent(t["text_to_image_r1"]), f"{percent(t["ceiling_r1"])} at best"),
+        ("picture to caption, R@1", percent(t["image_to_text_r1"]), f"{percent(t['ceiling_r1'])} at best"),
+        ("caption to picture, R@1", percent(t["text_to_image_r1"]), f"{percent(t['ceiling_r1'])} at best"),
     ]
     common.print_table(f"{figures['data']['n']} held-out scenes", ("", "measured", "compare"), rows)

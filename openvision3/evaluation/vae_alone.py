@@ -8,7 +8,7 @@ from openvision3.vae import FrozenVAE
 
 
 class VAEAlone(nn.Module):
-    """Encodes pictures to latents and back; what `ReconstructionMeter` and `encode_batches` need of a model, no more."""
+    """Encodes pictures to latents and back: what `ReconstructionMeter` and `encode_batches` need of a model."""
 
     def __init__(self, vae: FrozenVAE) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ class LatentDecoder(nn.Module):
     """Unified tokens to VAE latents (or to pixels, in the variant without a VAE). Source: OpenVision 3, section 3.
 
     The paper states the blocks (Base, patch 1) and the linear layer; fixed sine-cosine positions, no class token and a
-    LayerNorm before the linear layer are choices made here.
+    LayerNorm before the linear layer (`decoder_norm`) are choices made here.
     """
 
     def __init__(self, config: ModelConfig, size: TransformerConfig):
@@ -21,7 +21,7 @@ class LatentDecoder(nn.Module):
         self.patch_size, self.out_channels = config.patch_size, config.in_channels
         self.embed = nn.Linear(config.encoder.width, size.width)
         self.transformer = Transformer(size, config.attention)
-        self.norm = nn.LayerNorm(size.width, eps=size.norm_eps)
+        self.norm = nn.LayerNorm(size.width, eps=size.norm_eps) if config.decoder_norm else nn.Identity()
         self.output = nn.Linear(size.width, config.patch_size**2 * config.in_channels)
         init_linear(self.embed)
         nn.init.trunc_normal_(self.output.weight, std=_OUTPUT_STD)

@@ -175,12 +175,13 @@ def initialise_linear(vae: TinyVAE, images: Tensor) -> None:
 @torch.no_grad()
 def update_average(average: nn.Module, online: nn.Module, decay: float) -> None:
     """Moves the averaged weights towards the online ones: `average = decay * average + (1 - decay) * online`."""
-    torch._foreach_lerp_(list(average.parameters()), list(online.parameters()), 1 - decay)
+    for mine, theirs in zip(average.parameters(), online.parameters(), strict=True):
+        mine.lerp_(theirs, 1 - decay)
 
 
 @torch.no_grad()
 def scale_latents(vae: TinyVAE, images: Tensor, device: torch.device) -> None:
-    """Sets the latents' mean and standard deviation per channel, in float64 over `images`, so that they become 0 and 1."""
+    """Sets the latents' mean and deviation per channel, in float64 over `images`, so that they become 0 and 1."""
     latents = torch.cat([vae.encoder(chunk.to(device))[0].double() for chunk in images.split(32)])
     vae.latent_mean.copy_(latents.mean((0, 2, 3), keepdim=True))
     vae.latent_std.copy_(latents.std((0, 2, 3), keepdim=True))
