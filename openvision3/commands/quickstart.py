@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 TRAINING_SECONDS = 345  # the most that training may take; fewer scenes where the machine would need more
 GALLERY = 12  # pictures on the page
 _TRIAL_STEPS = 4
+_RENDERING = 1.2  # rendering shares the processors with the training, and its caches are cold in a trial
 
 
 def quickstart(out: Path = Path("runs/quickstart"), device: str = "auto", samples: int = 0) -> int:
@@ -94,7 +95,7 @@ def _scaled(stage: StageConfig, factor: float) -> StageConfig:
 
 
 def _seconds_per_sample(config: TrainConfig, device: str) -> float:
-    """Measured over a few steps, rendering included, the first left out; a stage's own share of samples counts."""
+    """Measured over a few steps of each stage on its first batch; a stage's own share of samples counts."""
     from openvision3.training.precision import choose_precision, resolve_device, synchronize
     from openvision3.training.setup import build_model, build_objective, open_stream
     from openvision3.training.stages import plan
@@ -102,8 +103,7 @@ def _seconds_per_sample(config: TrainConfig, device: str) -> float:
     model = build_model(config, resolve_device(device))
     seconds = []
     for stage in plan(config):
-        batches = iter(open_stream(config, stage, stage.first_step, model.tokenizer))
-        first = next(batches)
+        first = next(iter(open_stream(config, stage, stage.first_step, model.tokenizer)))
 
         def run_step(precision: Any, first: Any = first, stage: Any = stage) -> None:
             build_objective(config, stage, model, precision).backward(first)
@@ -112,9 +112,9 @@ def _seconds_per_sample(config: TrainConfig, device: str) -> float:
         objective = build_objective(config, stage, model, precision)
         start = time.perf_counter()
         for _ in range(_TRIAL_STEPS):
-            objective.backward(next(batches))
+            objective.backward(first)
         synchronize(model.device)
-        per_sample = (time.perf_counter() - start) / (_TRIAL_STEPS * stage.config.batch_size)
+        per_sample = _RENDERING * (time.perf_counter() - start) / (_TRIAL_STEPS * stage.config.batch_size)
         seconds.append(per_sample * stage.config.samples)
     return sum(seconds) / sum(stage.samples for stage in config.stages)
 

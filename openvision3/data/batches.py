@@ -9,6 +9,7 @@ import logging
 import math
 import random
 import re
+import signal
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -111,7 +112,7 @@ class BatchStream:
             self.batches,
             batch_size=None,
             num_workers=min(self.num_workers, len(self.batches)),
-            worker_init_fn=_begin_worker,
+            worker_init_fn=begin_worker,
             generator=torch.Generator(),  # else the loader would draw from the global one, and change what follows
         )
         for batch in loader:
@@ -150,8 +151,11 @@ def _draw(what: str, below: int) -> int:
     return int(random.Random(what).random() * below)
 
 
-def _begin_worker(worker: int) -> None:
+def begin_worker(worker: int) -> None:
+    """One thread a worker process; a signal to the whole group is the training's to answer, not the workers'."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _Batches(Dataset[Batch | _Failure]):

@@ -78,17 +78,6 @@ def landscapes(held_out: bool) -> tuple[str, ...]:
     return tuple(stem for i, stem in enumerate(stems) if (i % 5 == 2) == held_out)
 
 
-@functools.cache
-def background_words() -> dict[str, str | None]:
-    """The checked scene word of each landscape; None where a look at the picture would not settle it."""
-    return {Path(item["file"]).stem: item.get("word") for item in manifest()["backgrounds"]}
-
-
-def background_word(scene: Scene) -> str | None:
-    """The scene word of the picture's landscape; None for a gradient or an ambiguous one."""
-    return background_words().get(scene.background)
-
-
 def pair_held_out(a: str, b: str) -> bool:
     """Whether two different things never meet in a training picture (a tenth of all pairs)."""
     return zlib.crc32("\n".join(sorted((a, b))).encode()) % 10 == 0

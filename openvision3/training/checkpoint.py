@@ -153,13 +153,16 @@ def _load_optimizer(
     path: Path, modules: Mapping[str, nn.Module], optimizer: Optimizer, stored: Mapping[str, Tensor]
 ) -> None:
     names = _parameter_names(modules)
-    order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-    index = {name: number for number, name in enumerate(order)}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    index = {names[id(parameter)]: number for number, parameter in enumerate(parameters)}
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in stored.items():
         name, _, entry = key.rpartition("|")
         if name not in index:
             raise OpenVisionError(f"{path}: the optimizer's state names {name}, which is not a trained parameter")
+        parameter = parameters[index[name]]
+        if value.shape == parameter.shape:  # the fused step walks memory, so the moments need the parameter's layout
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         state.setdefault(index[name], {})[entry] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

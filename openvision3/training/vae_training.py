@@ -1,7 +1,6 @@
 """Training of the embedded tiny VAE: L1 + MSE + LPIPS + a small KL, on pictures that never run out."""
 
 import copy
-import signal
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from torch.utils.data import DataLoader, Subset
 
 from openvision3.config import OpenVisionError, SceneConfig, VAEConfig, VAETrainConfig
 from openvision3.data import demo
+from openvision3.data.batches import begin_worker
 from openvision3.data.vae_crops import VAECrops
 from openvision3.evaluation.perceptual import Perceptual, load_lpips
 from openvision3.training import optimizer as optim
@@ -70,7 +70,7 @@ def _train(config: VAETrainConfig, device: torch.device, folder: Path) -> Path:
         config.batch_size,
         num_workers=config.num_workers,
         drop_last=True,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=begin_worker,
     )
     held_out = {"landscapes": _landscapes(config.resolution), "scenes": _scenes(config.resolution)}
     with (
@@ -136,11 +136,6 @@ def _losses(
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
     total = config.l1_weight * l1 + config.mse_weight * mse + config.lpips_weight * distance + config.kl_weight * kl
     return {"total": total, "l1": l1, "mse": mse, "lpips": distance, "kl": kl}
-
-
-def _leave_signals_to_the_parent(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _images(batch: Tensor, device: torch.device) -> Tensor:
