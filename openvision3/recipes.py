@@ -4,6 +4,7 @@ Each docstring says what the recipe is for; figures of the shipped ones are in d
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from openvision3.config import (
     DataConfig,
@@ -54,13 +55,16 @@ def quickstart() -> TrainConfig:
     )
     return TrainConfig(
         recipe="quickstart",
-        model=_demo_model("quickstart", width=192, encoder=4, decoder=2, text_encoder=2, text_decoder=2),
+        # with tau = 0.3 the noise, not the training's length, would limit the reconstruction of so short a run
+        model=replace(
+            _demo_model("quickstart", width=192, encoder=4, decoder=2, text_encoder=2, text_decoder=2), noise_tau=0.1
+        ),
         data=DataConfig(scenes=scenes),
-        loss=LossConfig(omega_rec=6.0, beta=1.0, pixel_stride=8),
+        loss=LossConfig(omega_rec=6.0, beta=0.6, pixel_stride=8),
         optimizer=OptimizerConfig(weight_decay=0.05),
-        stage1=StageConfig(resolution=64, samples=32_000, warmup_samples=1_600, batch_size=64, base_lr=6e-3),
+        stage1=StageConfig(resolution=64, samples=30_000, warmup_samples=1_600, batch_size=64, base_lr=6e-3),
         stage2=StageConfig(
-            resolution=128, samples=9_600, warmup_samples=640, batch_size=64, base_lr=3e-3, lpips_weight=0.5
+            resolution=128, samples=10_400, warmup_samples=640, batch_size=64, base_lr=3e-3, lpips_weight=0.5
         ),
         log_every=10,
     )

@@ -142,6 +142,38 @@ def test_wide_beams_find_the_best_of_all_captions(image_input, penalty):
     assert [[i for i in row if i != PAD] for row in found.tolist()] == best
 
 
+def uncached_beam(decoder, image, num_beams, penalty, max_length):
+    """Beam search over lists, everything computed anew for each token."""
+    beams = [((BOS,), 0.0)]
+    while not all(ids[-1] == EOS for ids, _ in beams):
+        candidates = []
+        for ids, total in beams:
+            if ids[-1] == EOS:
+                candidates.append((ids, total))
+                continue
+            if len(ids) == max_length:
+                return max(beams, key=lambda beam: beam[1] / (len(beam[0]) - 1) ** penalty)[0]
+            logits = decoder(image[None], torch.tensor([ids]))[0, -1].clone()
+            logits[[PAD, BOS]] = -torch.inf
+            scores = logits.log_softmax(-1).tolist()
+            candidates += [((*ids, word), total + score) for word, score in enumerate(scores) if score > -torch.inf]
+        candidates.sort(key=lambda beam: beam[1] / (len(beam[0]) - 1) ** penalty, reverse=True)
+        beams = candidates[:num_beams]
+    return beams[0][0]
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+@pytest.mark.parametrize("image_input", ["cross", "prefix"])
+def test_narrow_beams_equal_an_uncached_search(image_input, penalty):
+    decoder, tokens = make_decoder(image_input, vocab_size=7, seed=3), torch.randn(16, 5, 24)
+    found = beam_search(decoder, tokens, BOS, EOS, num_beams=3, max_length=7, length_penalty=penalty)
+    found = [tuple(i for i in row if i != PAD) for row in found.tolist()]
+    assert found == [uncached_beam(decoder, image, 3, penalty, 7) for image in tokens]
+    greedy = [tuple(i for i in row if i != PAD) for row in greedy_search(decoder, tokens, BOS, EOS, 7).tolist()]
+    assert found != greedy  # beams make a difference here
+    assert {row[-1] == EOS for row in found} == {True, False}
+
+
 def test_beams_of_a_batch_do_not_mix():
     decoder, tokens = make_decoder("cross", vocab_size=8), torch.randn(5, 5, 24)
     together = beam_search(decoder, tokens, BOS, EOS, 3)

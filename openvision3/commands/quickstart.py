@@ -29,7 +29,7 @@ def quickstart(out: Path = Path("runs/quickstart"), device: str = "auto", sample
 
     started = time.monotonic()
     config = dataclasses.replace(recipe(), out=str(out))
-    held_out = scene_samples(config.eval_samples, config.stage1.resolution, config.data.scenes, "val", seed=0)
+    held_out = scene_samples(config.eval_samples, config.model.image_size, config.data.scenes, "val", seed=0)
     print(f"first picture: {_first_picture(out, held_out)}")
     config = _fitted(config, out, device, samples)
     from openvision3.training.loop import train
