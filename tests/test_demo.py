@@ -58,6 +58,11 @@ def test_splits_share_no_landscape_and_training_leaves_out_pairs():
     assert pairs["train"] == 0 and pairs["val"] > 5
 
 
+def test_few_names_that_may_not_meet_end_in_fewer_things():
+    config = SceneConfig(num_names=5)
+    assert 1 <= len(demo.scene(config, "train", 0, 43).things) <= 4
+
+
 def test_every_thing_is_visible():
     config = SceneConfig(count_weights=(0, 0, 0, 1))
     for i in range(20):

@@ -25,6 +25,7 @@ BENCHMARK_SAMPLES = 1000
 
 _MASK_SIDE = 96  # side of the canvas on which visibility is measured, in pixels
 _TRIES = 24
+_PICKS = 1000
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,9 @@ def _choose_names(config: SceneConfig, rng: np.random.Generator, training: bool)
     repeats = count > 1 and rng.random() < config.repeat_probability
     if repeats:  # two or more of one thing, then perhaps others
         chosen += [chosen[0]] * (1 + int(rng.random() * (count - 1)))
-    while len(chosen) < count:
+    for _ in range(_PICKS):  # of few names, all that are left may be held-out partners: then there are fewer things
+        if len(chosen) == count:
+            break
         name = pick()
         if name in chosen or (training and any(pair_held_out(name, other) for other in chosen)):
             continue
