@@ -98,7 +98,9 @@ def test_errors_keep_to_one_line(capsys: pytest.CaptureFixture[str], monkeypatch
 
 def test_interrupt_is_clean() -> None:
     program = (
-        "import time, sys\nfrom openvision3 import cli\n"
+        "import signal, sys, time\nfrom openvision3 import cli\n"
+        # a background job of a shell starts with the signal ignored, and its children too
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def wait(args):\n    print('ready', flush=True)\n    time.sleep(60)\n    return 0\n"
         "cli.dispatch = wait\nsys.exit(cli.main(['x']))"
     )
