@@ -186,7 +186,8 @@ def test_starting_from_another_model(tmp_path: Path, vae: VAEConfig, unbroken: P
 def kill_and_finish(folder: Path, vae: VAEConfig, steps: int, kills: int, seed: int, workers: int) -> int:
     """Runs the training in a process that is killed at `kills` random moments, then lets it finish; returns the kills.
 
-    Half of the moments are anywhere within the start of the process, half a few steps into training.
+    Half of the moments are anywhere within the start of the process, half a few steps into training: few enough that
+    the run does not end before its last kill.
     """
     rng = random.Random(seed)
     script = Path(__file__).with_name("tiny_run.py")
@@ -196,11 +197,10 @@ def kill_and_finish(folder: Path, vae: VAEConfig, steps: int, kills: int, seed: 
         command = [sys.executable, str(script), str(folder), vae.source, str(steps), str(rng.randint(0, workers))]
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         if done < kills:
-            if rng.random() < 0.5:
-                time.sleep(rng.uniform(0, 4))
-            else:
-                wait_for_steps(process, folder / "metrics.jsonl", rng.randint(1, max(1, steps // kills)))
-                time.sleep(rng.uniform(0, 0.05))
+            seconds = rng.uniform(0, 4) if rng.random() < 0.5 else 600.0
+            wait_for_steps(process, folder / "metrics.jsonl", rng.randint(1, max(1, steps // kills)), seconds)
+            if seconds == 600.0:
+                time.sleep(rng.uniform(0, 0.005))
             process.send_signal(signal.SIGKILL)
         _, errors = process.communicate()
         if process.returncode == -signal.SIGKILL:
@@ -210,10 +210,10 @@ def kill_and_finish(folder: Path, vae: VAEConfig, steps: int, kills: int, seed: 
         return done
 
 
-def wait_for_steps(process: subprocess.Popen, records: Path, steps: int) -> None:
-    """Waits until the process has logged `steps` more of them than there were, or has ended."""
-    lines = [-1]
-    while process.poll() is None and len(lines) <= steps:
+def wait_for_steps(process: subprocess.Popen, records: Path, steps: int, seconds: float) -> None:
+    """Waits until the process has logged `steps` more of them than there were, or has ended, or for `seconds`."""
+    lines, end = [-1], time.monotonic() + seconds
+    while process.poll() is None and len(lines) <= steps and time.monotonic() < end:
         count = records.read_bytes().count(b"\n") if records.exists() else 0
         if count < lines[-1]:
             lines = [count]  # the records were cut at the resume
