@@ -55,7 +55,7 @@ def quickstart() -> TrainConfig:
     )
     return TrainConfig(
         recipe="quickstart",
-        # with tau = 0.3 the noise, not the training's length, would limit the reconstruction of so short a run
+        # less noise than the default: a run this short reconstructed better with it (docs/RESULTS.md)
         model=replace(
             _demo_model("quickstart", width=192, encoder=4, decoder=2, text_encoder=2, text_decoder=2), noise_tau=0.1
         ),

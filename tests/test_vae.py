@@ -84,7 +84,22 @@ def test_broken_folder_is_one_line(tmp_path):
         load_tiny_vae(tmp_path)
 
 
-def test_training_lowers_the_loss_and_resumes_exactly(tmp_path):
+def test_steps_lower_the_loss_on_one_batch():
+    torch.manual_seed(0)
+    vae = TinyVAE(VAEConfig(), SMALL)
+    pictures = vae_training.statistics_pictures(CONFIG)[:8]  # from random weights: components start near their best
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(20):
+        loss = vae_training._losses(CONFIG, vae, None, pictures, 0, "fp32")["total"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_training_resumes_exactly(tmp_path):
     whole = vae_training.train_vae(dataclasses.replace(CONFIG, samples=96), "cpu", tmp_path / "whole")
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["total"] for row in rows if row["kind"] == "train"]
