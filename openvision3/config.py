@@ -87,6 +87,7 @@ class ModelConfig:
     image_size: int = 256  # pixels; size at which stored positions and defaults apply
     embed_dim: int = 768  # of the pooled image and text embeddings
     encoder: TransformerConfig = TransformerConfig()
+    positions: Literal["computed", "scaled"] = "computed"  # at other sizes: row and column, or spread as at image_size
     stored_positions: bool = False  # the weights hold a position table that the sine-cosine formula does not give
     decoder: TransformerConfig | None = TransformerConfig()
     text_encoder: TextEncoderConfig | None = TextEncoderConfig()
@@ -96,6 +97,12 @@ class ModelConfig:
     noise_relative: bool = True  # sigma in units of the tokens' root mean square, so that growing does not escape it
     attention: AttentionPath = "auto"  # "auto": matmul-softmax on CPU, sdpa elsewhere; same mathematics
     vae: VAEConfig = VAEConfig()
+
+    @property
+    def position_extent(self) -> tuple[int, int] | None:
+        """Grid whose extent the positions of any grid cover; None: they are rows and columns."""
+        side = self.image_size // self.downsampling
+        return (side, side) if self.positions == "scaled" else None
 
     @property
     def downsampling(self) -> int:
@@ -154,6 +161,7 @@ class StageConfig:
     batch_size: int = 8192  # global
     base_lr: float = 8e-6  # peak learning rate = base_lr * batch_size / 256
     lpips_weight: float = 0.0  # lambda, Eq. 4
+    scenes: SceneConfig | None = None  # for source "demo": this stage's own distribution; None: `DataConfig.scenes`
 
     @property
     def peak_lr(self) -> float:
@@ -164,6 +172,7 @@ class StageConfig:
 class OptimizerConfig:
     """AdamW with decoupled decay, scaled by the learning rate, on weight matrices only; warm-up, then cosine to 0."""
 
+    kind: Literal["adamw", "muon"] = "adamw"  # "muon": Muon on the matrices of the blocks, AdamW on the rest
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -219,13 +228,13 @@ class VAETrainConfig:
     recipe: str
     vae: TinyVAEConfig = TinyVAEConfig()
     resolution: int = 128  # pixels
-    samples: int = 24_000
+    samples: int = 60_000
     warmup_samples: int = 2_000
     batch_size: int = 8
     peak_lr: float = 1e-3
-    optimizer: OptimizerConfig = OptimizerConfig(weight_decay=0.0)
+    optimizer: OptimizerConfig = OptimizerConfig(beta2=0.99, weight_decay=0.0)
     l1_weight: float = 1.0
-    mse_weight: float = 4.0
+    mse_weight: float = 20.0
     lpips_weight: float = 0.1
     lpips_stride: int = 4  # LPIPS on every n-th picture of a batch
     kl_weight: float = 1e-5  # per latent element

@@ -71,19 +71,31 @@ def quickstart() -> TrainConfig:
 
 
 def demo() -> TrainConfig:
-    """The demo model: all 494 named things, 128 px, within two hours on two cores."""
+    """The embedded demo model: all 494 named things, 128 px, within two hours on two cores (docs/RECIPE.md).
+
+    Stage 1 shows large single things at 64 px, until names are learned; stage 2 the whole distribution at 128 px.
+    """
+    large = SceneConfig(size_min=0.4, size_max=0.8, count_weights=(0.8, 0.2, 0.0, 0.0))
     return TrainConfig(
         recipe="demo",
-        model=_demo_model("demo", width=192, encoder=6, decoder=4, text_encoder=4, text_decoder=4),
-        data=DataConfig(scenes=SceneConfig(size_min=0.2, size_max=0.65)),
-        loss=LossConfig(omega_rec=4.0, beta=1.0, pixel_stride=8),
-        optimizer=OptimizerConfig(weight_decay=0.05),
-        stage1=StageConfig(resolution=128, samples=300_000, warmup_samples=10_000, batch_size=96, base_lr=4e-3),
-        stage2=StageConfig(
-            resolution=128, samples=40_000, warmup_samples=2_000, batch_size=96, base_lr=4e-4, lpips_weight=0.5
+        model=replace(
+            _demo_model("demo", width=192, encoder=6, decoder=2, text_encoder=2, text_decoder=3),
+            noise_tau=0.1,
+            positions="scaled",
         ),
-        eval_every=50_000,
-        checkpoint_every=10_000,
+        data=DataConfig(
+            scenes=SceneConfig(size_min=0.22, size_max=0.6, count_weights=(0.38, 0.38, 0.2, 0.04))
+        ),
+        loss=LossConfig(omega_rec=2.0, beta=1.0, pixel_stride=16),
+        optimizer=OptimizerConfig(kind="muon", weight_decay=0.05),
+        stage1=StageConfig(
+            resolution=64, samples=80_000, warmup_samples=4_000, batch_size=64, base_lr=8e-3, scenes=large
+        ),
+        stage2=StageConfig(
+            resolution=128, samples=250_000, warmup_samples=4_000, batch_size=64, base_lr=6e-3, lpips_weight=0.5
+        ),
+        eval_every=80_000,
+        checkpoint_every=16_000,
     )
 
 

@@ -51,20 +51,32 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-def sincos_positions(grid: tuple[int, int], width: int, device: torch.device | str | None = None) -> Tensor:
-    """Fixed 2-D sine-cosine positions, row by row: (h * w, width) in fp32.
+def sincos_positions(
+    grid: tuple[int, int],
+    width: int,
+    device: torch.device | str | None = None,
+    extent: tuple[int, int] | None = None,
+) -> Tensor:
+    """Fixed 2-D sine-cosine positions (h * w, width), row by row, in fp32.
 
-    Frequencies are 10000^(-k / (width/4 - 1)); channels are sin x, cos x, sin y, cos y. Source: big_vision's
-    `posemb_sincos_2d` (MoCo v3), with which the released weights were trained. `width` must be a multiple of 4.
+    Quarters of the width are sin x, cos x, sin y, cos y of x * 10000^(-k / (width / 4 - 1)). Source: big_vision's
+    `posemb_sincos_2d` (MoCo v3), with which the released weights were trained. `width` must be a multiple of 4. By
+    default a token's coordinates are its column and row; with `extent` (rows, columns) they are spread so that any grid
+    covers what a grid of that size covers.
     """
     assert width % 4 == 0 and width > 4, width
     height, columns = grid
     frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float32, device=device) / (width // 4 - 1))
-    y = torch.arange(height, dtype=torch.float32, device=device)[:, None] * frequency
-    x = torch.arange(columns, dtype=torch.float32, device=device)[:, None] * frequency
-    across = torch.cat([x.sin(), x.cos()], dim=-1).expand(height, columns, -1)
-    down = torch.cat([y.sin(), y.cos()], dim=-1)[:, None].expand(height, columns, -1)
-    return rearrange(torch.cat([across, down], dim=-1), "h w d -> (h w) d")
+    rows, across = (
+        torch.arange(count, dtype=torch.float32, device=device)
+        if extent is None
+        else (torch.arange(count, dtype=torch.float32, device=device) + 0.5) * (extent[axis] / count) - 0.5
+        for axis, count in enumerate(grid)
+    )
+    y, x = rows[:, None] * frequency, across[:, None] * frequency
+    x = torch.cat([x.sin(), x.cos()], dim=-1).expand(height, columns, -1)
+    y = torch.cat([y.sin(), y.cos()], dim=-1)[:, None].expand(height, columns, -1)
+    return rearrange(torch.cat([x, y], dim=-1), "h w d -> (h w) d")
 
 
 def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

@@ -19,6 +19,7 @@ class LatentDecoder(nn.Module):
     def __init__(self, config: ModelConfig, size: TransformerConfig):
         super().__init__()
         self.patch_size, self.out_channels = config.patch_size, config.in_channels
+        self.extent = config.position_extent
         self.embed = nn.Linear(config.encoder.width, size.width)
         self.transformer = Transformer(size, config.attention)
         self.norm = nn.LayerNorm(size.width, eps=size.norm_eps) if config.decoder_norm else nn.Identity()
@@ -35,7 +36,7 @@ class LatentDecoder(nn.Module):
                 f"{grid[1]}, got {tuple(tokens.shape)}"
             )
         dtype = self.embed.weight.dtype
-        positions = sincos_positions(grid, self.embed.out_features, tokens.device)
+        positions = sincos_positions(grid, self.embed.out_features, tokens.device, self.extent)
         x = self.transformer(self.embed(tokens).to(dtype) + positions.to(dtype))
         patches = self.output(self.norm(x))
         p = self.patch_size

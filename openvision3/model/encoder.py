@@ -32,6 +32,7 @@ class VisionEncoder(nn.Module):
         width, patch = config.encoder.width, config.patch_size
         side = config.image_size // config.downsampling
         self.patch_size, self.in_channels, self.stored_grid = patch, config.in_channels, (side, side)
+        self.extent = config.position_extent
         self.transformer = Transformer(config.encoder, config.attention)
         self.patch_embed = nn.Conv2d(config.in_channels, width, kernel_size=patch, stride=patch, bias=False)
         self.class_token = nn.Parameter(torch.empty(width))
@@ -54,7 +55,7 @@ class VisionEncoder(nn.Module):
     def position_table(self, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor]:
         """Positions of the class token (None: zero) and of the patches (h * w, W), in fp32 where computed."""
         if self.positions is None:
-            return None, sincos_positions(grid, self.patch_embed.out_channels, self.class_token.device)
+            return None, sincos_positions(grid, self.patch_embed.out_channels, self.class_token.device, self.extent)
         patches = self.positions[1:]
         if grid != self.stored_grid:
             patches = resize_positions(patches, self.stored_grid, grid)

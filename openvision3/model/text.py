@@ -29,12 +29,18 @@ class TextEmbedding(nn.Module):
         nn.init.normal_(self.tokens, std=EMBEDDING_STD)
         nn.init.normal_(self.positions, std=_POSITION_STD)
 
-    def forward(self, ids: Tensor, start: int = 0) -> Tensor:
-        """Ids (B, L), the first at position `start`, -> (B, L, W); raises `OpenVisionError` where L is too long."""
+    def forward(self, ids: Tensor, start: int = 0, keep: Tensor | None = None) -> Tensor:
+        """Ids (B, L), the first at position `start`, -> (B, L, W); raises `OpenVisionError` where L is too long.
+
+        With `keep`, boolean (L,), only those columns, at their own positions.
+        """
         stop = start + ids.shape[1]
         if ids.ndim != 2 or stop > self.positions.shape[0]:
             raise OpenVisionError(f"text of {stop} tokens exceeds the context length {self.positions.shape[0]}")
-        return F.embedding(ids, self.tokens) + self.positions[start:stop]
+        positions = self.positions[start:stop]
+        if keep is not None:
+            ids, positions = ids[:, keep], positions[keep]
+        return F.embedding(ids, self.tokens) + positions
 
 
 class TextEncoder(nn.Module):
@@ -56,8 +62,12 @@ class TextEncoder(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids (B, L), [cls] last -> projected feature (B, embed_dim), not L2-normalised."""
-        mask = (ids != self.config.pad_id)[:, None, None, :]
-        x = self.transformer(self.embedding(ids), mask, first_query=ids.shape[1] - 1)
+        used = ids != self.config.pad_id
+        # Columns that are padding in every row change nothing. On a GPU finding them would wait for the device.
+        keep = used.any(dim=0) if ids.device.type == "cpu" else None
+        x = self.embedding(ids, keep=keep)
+        mask = (used if keep is None else used[:, keep])[:, None, None, :]
+        x = self.transformer(x, mask, first_query=x.shape[1] - 1)
         return self.projection(self.norm(x[:, 0]))
 
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from openvision3.config import OptimizerConfig
+from openvision3.model.blocks import CrossAttention, Mlp, SelfAttention
+from openvision3.training.muon import MuonWithAdamW
 
 # Parts of a parameter's own name that mark it as a learned token or position, which no decay pulls to zero.
 _TOKEN_NAMES = ("embedding", "position", "token", "query", "logit_scale")
@@ -32,8 +34,10 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with decoupled decay, scaled by the learning rate; set that by `set_learning_rate` before each step."""
+def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer that the config names, over all parameters; set its rate by `set_learning_rate` before each step."""
+    if config.kind == "muon":
+        return muon(module, config)
     return adamw(module, config.beta1, config.beta2, config.eps, config.weight_decay)
 
 
@@ -42,6 +46,30 @@ def adamw(module: nn.Module, beta1: float, beta2: float, eps: float, weight_deca
     groups = parameter_groups(module, weight_decay)
     kinds = {parameter.device.type for group in groups for parameter in group["params"]}
     return torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), eps=eps, fused=kinds <= {"cpu", "cuda"})
+
+
+def muon(module: nn.Module, config: OptimizerConfig) -> MuonWithAdamW:
+    """Muon on the matrices of transformer blocks, AdamW on all else (embeddings, heads, norms, biases)."""
+    stacked = {id(p): rows for m in module.modules() for p, rows in _stacked(m)}
+    groups: list[dict] = []
+    for group in parameter_groups(module, config.weight_decay):
+        rest = [p for p in group["params"] if id(p) not in stacked]
+        for parts in (1, 2, 3):
+            if chosen := [p for p in group["params"] if stacked.get(id(p)) == parts]:
+                groups.append({**group, "params": chosen, "matrices": True, "parts": parts})
+        groups.append({**group, "params": rest})
+    return MuonWithAdamW(groups, (config.beta1, config.beta2), config.eps)
+
+
+def _stacked(module: nn.Module) -> list[tuple[nn.Parameter, int]]:
+    """The weight matrices of a part of a block, and how many maps each stacks."""
+    if isinstance(module, SelfAttention):
+        return [(module.qkv.weight, 3), (module.out.weight, 1)]
+    if isinstance(module, CrossAttention):
+        return [(module.query.weight, 1), (module.key_value.weight, 2), (module.out.weight, 1)]
+    if isinstance(module, Mlp):
+        return [(module.up.weight, 1), (module.down.weight, 1)]
+    return []
 
 
 def warmup_cosine(samples_seen: float, warmup: float, total: float) -> float:

@@ -1,5 +1,6 @@
 """What a run needs before its first step: model, tokenizer, data, objective, precision."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -128,8 +129,9 @@ def open_stream(config: TrainConfig, stage: Stage, step: int, tokenizer: Caption
     """The batches of a stage after `step`. Positions count over the whole run: stage 2 goes on where 1 stopped."""
     text, caption = config.model.text_encoder, config.model.text_decoder
     resolution = stage.config.resolution
+    data = replace(config.data, scenes=stage.config.scenes or config.data.scenes)
     return BatchStream(
-        open_source(config.data, "train", resolution),
+        open_source(data, "train", resolution),
         tokenizer,
         resolution,
         stage.config.batch_size,
