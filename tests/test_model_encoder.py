@@ -62,6 +62,21 @@ def test_tokens_are_row_by_row():
     torch.testing.assert_close(encoder(torch.zeros_like(latents))[0], sincos_positions((2, 3), 32))
 
 
+def test_scaled_positions_cover_the_extent_of_the_size_in_the_config():
+    """A grid of twice the side has its tokens at a quarter before and after those of the size trained at."""
+    own = sincos_positions((4, 4), 32)
+    torch.testing.assert_close(sincos_positions((4, 4), 32, extent=(4, 4)), own)
+    fine = sincos_positions((8, 2), 32, extent=(4, 4)).unflatten(0, (8, 2))
+    y, x = 2.75, 0.5  # of row 6, column 0
+    frequency = 10000.0 ** -(torch.arange(8) / 7)
+    expected = torch.cat([(x * frequency).sin(), (x * frequency).cos(), (y * frequency).sin(), (y * frequency).cos()])
+    torch.testing.assert_close(fine[6, 0], expected)
+    scaled = VisionEncoder(dataclasses.replace(CONFIG, positions="scaled"))
+    assert torch.equal(scaled.position_table((4, 4))[1], own)  # CONFIG's 64 pixels
+    assert torch.equal(scaled.position_table((8, 2))[1], fine.flatten(0, 1))
+    assert LatentDecoder(dataclasses.replace(CONFIG, positions="scaled"), SMALL).extent == (4, 4)
+
+
 def test_stored_positions_are_used_as_stored_and_interpolated_for_other_grids():
     torch.manual_seed(0)
     formula = VisionEncoder(CONFIG).eval()

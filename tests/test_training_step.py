@@ -19,7 +19,7 @@ from openvision3.training import setup
 from openvision3.training.noise import draw_noise
 from openvision3.training.optimizer import parameter_groups
 from openvision3.training.stages import plan
-from openvision3.training.step import Objective
+from openvision3.training.step import Objective, without_padding
 from openvision3.training.watch import FiniteWatch
 from openvision3.vae import load_vae
 
@@ -214,3 +214,21 @@ def test_watch_names_the_first_bad_step(tmp_path: Path, batch: Batch) -> None:
     record = json.loads((tmp_path / "bad_batch.json").read_text())
     assert record["step"] == 3 and record["positions"] == [3] and record["keys"] == batch.keys
     assert record["losses"] == {"caption": 1.0, "total": "nan"}
+
+
+def test_padding_that_all_rows_share_is_left_out_and_changes_nothing(vae: VAEConfig, batch: Batch) -> None:
+    assert without_padding(torch.tensor([[5, 6, 0, 0], [5, 6, 7, 0]]), 0).tolist() == [[5, 6, 0], [5, 6, 7]]
+    model = build(vae)
+    assert model.text_encoder is not None
+    ids = batch.alt_ids
+    padding = (ids == 0).all(dim=0)
+    assert padding.any(), "the batch has no column of padding to leave out"
+    seen: list[int] = []
+    hook = model.text_encoder.transformer.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
+    short = model.text_encoder(ids)
+    hook.remove()
+    assert seen == [int((~padding).sum())]
+    mask = (ids != 0)[:, None, None, :]
+    x = model.text_encoder.transformer(model.text_encoder.embedding(ids), mask, first_query=ids.shape[1] - 1)
+    whole = model.text_encoder.projection(model.text_encoder.norm(x[:, 0]))
+    torch.testing.assert_close(short, whole)

@@ -23,7 +23,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
     A matrix may stack several maps, as queries, keys and values do: a group's `parts` says how many.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], betas: tuple[float, float], eps: float, momentum: float = 0.95):
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], betas: tuple[float, float], eps: float, momentum: float = 0.95
+    ):
         defaults = {"lr": 0.0, "betas": betas, "eps": eps, "momentum": momentum, "weight_decay": 0.0}
         super().__init__(groups, defaults | {"matrices": False, "parts": 1})
 
