@@ -1,8 +1,8 @@
 """Muon for weight matrices and AdamW for the rest, as one optimizer (an alternative to the paper's AdamW).
 
 Muon replaces a matrix's momentum by the nearest semi-orthogonal matrix, so that all directions move alike. Source:
-K. Jordan et al., https://kellerjordan.github.io/posts/muon (2024); the scale that lets it share AdamW's learning rate is
-Moonlight's, arXiv 2502.16982, section 2.2.
+K. Jordan et al., https://kellerjordan.github.io/posts/muon (2024); the scale that lets it share AdamW's learning rate
+is Moonlight's, arXiv 2502.16982, section 2.2.
 """
 
 from collections.abc import Callable, Iterable

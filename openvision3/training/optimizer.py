@@ -35,7 +35,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer that the config names, over all parameters; set its rate by `set_learning_rate` before each step."""
+    """The optimizer that the config names; set its learning rate by `set_learning_rate` before each step."""
     if config.kind == "muon":
         return muon(module, config)
     return adamw(module, config.beta1, config.beta2, config.eps, config.weight_decay)
