@@ -101,6 +101,10 @@ def test_summary_takes_kinds_apart() -> None:
     assert (figures["repeated_set"], figures["repeated_exact"], figures["repeated_n"]) == (1.0, 0.0, 1)
     assert (figures["relation_stated"], figures["relation_right"], figures["relation_n"]) == (0.5, 0.5, 2)
     assert figures["relation_chance"] == 0.25
+    assert (figures["one_to_three_set"], figures["one_to_three_n"]) == (pytest.approx(5 / 6), 6)
+    assert (figures["two_set"], figures["two_n"]) == (1.0, 3)
+    # of the three, one states a relation that holds, one none, and one a wrong one
+    assert (figures["two_relation"], figures["two_relation_n"]) == (pytest.approx(1 / 3), 3)
     assert (figures["scene_stated"], figures["scene_right"]) == (pytest.approx(2 / 6), 0.5)
     assert figures["scene_commonest"] == 0.5
 

@@ -16,7 +16,8 @@ CIDER_SIGMA = 6.0
 PROTOCOL = (
     "{decoding}; captions are parsed by the scene grammar and compared with what the picture shows; set: the things "
     "named are exactly those in it; exact: their counts too; one: pictures of one thing, different: of several "
-    "different things, repeated: with one thing twice or more; relation and scene: right among the captions that state "
+    "different things, repeated: with one thing twice or more, two: of two different things; two_relation: a relation "
+    "is stated and right, of those of two that allow one; relation and scene: right among the captions that state "
     "one (relation_chance: a direction drawn at random; scene_commonest: always the commonest scene); CIDEr-D: one "
     "reference a picture, words in lower case without punctuation, document frequencies of the references, times 10"
 )
@@ -170,6 +171,12 @@ def summary(judged: Sequence[tuple[Scene, str | None, dict[str, float]]]) -> dic
         verdicts = [verdict for scene, _, verdict in judged if kind_of(scene) == kind]
         figures |= {f"{kind}_set": share("set", verdicts), f"{kind}_exact": share("exact", verdicts)}
         figures[f"{kind}_n"] = len(verdicts)
+    few = [verdict for scene, _, verdict in judged if len(scene.things) <= 3]
+    two = [verdict for scene, _, verdict in judged if len(scene.things) == 2 and kind_of(scene) == "different"]
+    figures |= {"one_to_three_set": share("set", few), "one_to_three_n": len(few)}
+    figures |= {"two_set": share("set", two), "two_n": len(two)}
+    related = [verdict.get("relation", 0.0) for verdict in two if verdict["can_relate"]]
+    figures |= {"two_relation": mean(related), "two_relation_n": len(related)}
     relatable = [verdict for verdict in every if verdict["can_relate"]]
     figures["relation_stated"] = share("states_relation", relatable)
     figures["relation_statable_n"] = len(relatable)
