@@ -18,15 +18,17 @@ import openvision3
 from openvision3.evaluation.evaluate import evaluate_all
 from openvision3.evaluation.gallery import GalleryRow, gallery
 from openvision3.evaluation.samples import open_samples
+from openvision3.model.openvision3 import OpenVision3
 
 PARTS = ("reconstruction", "zeroshot", "retrieval", "captioning")
 LARGE = 256  # pixels, never trained
 PICTURES = 6
 
 
-def rows(figures: dict[str, Any], large: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
+def rows(figures: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
     """What, the figure, what stands beside it, the rough trial's, the goal."""
     scenes, landscapes = figures["reconstruction"], figures["reconstruction_landscapes"]
+    large = figures["reconstruction_landscapes_256"]
     zero, found, said = figures["zeroshot"], figures["retrieval"], figures["captioning"]
     table = [
         ("tiny VAE, held-out landscapes, 128 px", _db(landscapes["vae_psnr"]), "", "32.8 dB", ">= 34.5 dB"),
@@ -106,6 +108,24 @@ def draw(pictures: list[GalleryRow], path: Path) -> None:
     pyplot.close(figure)
 
 
+def draw_first(model: OpenVision3, path: Path) -> None:
+    """Draws the first scenes of the benchmark."""
+    draw(gallery(model, open_samples(size=model.config.image_size), PICTURES), path)
+
+
+def measure(model: OpenVision3, samples: int = 0) -> dict[str, Any]:
+    """The figures of `ov3 eval all` on scenes-v1 without the probe, and of the landscapes at 256 px."""
+    figures = evaluate_all(model, parts=PARTS, samples=samples)
+    large = evaluate_all(model, "landscapes", ("reconstruction",), size=LARGE)["reconstruction"]
+    return figures | {"reconstruction_landscapes_256": large}
+
+
+def markdown(figures: dict[str, Any]) -> str:
+    """The table."""
+    lines = ["| | measured | beside it | rough trial | goal |", "|---|---|---|---|---|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows(figures)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="demo")
@@ -115,14 +135,11 @@ def main() -> None:
     options = parser.parse_args()
     model = openvision3.load(options.model, device="cpu")
     if options.picture:
-        draw(gallery(model, open_samples(size=model.config.image_size), PICTURES), options.picture)
-    figures = evaluate_all(model, parts=PARTS, samples=options.samples)
-    large = evaluate_all(model, "landscapes", ("reconstruction",), size=LARGE)["reconstruction"]
+        draw_first(model, options.picture)
+    figures = measure(model, options.samples)
     if options.json:
-        options.json.write_text(json.dumps(figures | {"reconstruction_landscapes_256": large}, indent=2) + "\n")
-    print("| | measured | beside it | rough trial | goal |\n|---|---|---|---|---|")
-    for row in rows(figures, large):
-        print("| " + " | ".join(row) + " |")
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    print(markdown(figures))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from openvision3.config import (
 )
 from openvision3.data.tokenizer import demo_tokenizer
 from openvision3.model.openvision3 import OpenVision3
-from openvision3.vae import TinyVAE
+from openvision3.vae import TinyVAE, load_tiny_vae
 
 SIZE = TransformerConfig(32, 2, 2)
 
@@ -196,6 +196,16 @@ def test_half_precision_on_disk(model, tmp_path):
     huge.encoder.class_token.data.fill_(1e6)
     with pytest.raises(OpenVisionError, match="class_token"):
         huge.save(tmp_path / "huge", dtype=torch.float16)
+
+
+def test_the_embedded_vae_may_be_named_instead_of_packed(model, tmp_path):
+    model = OpenVision3(make_config(), load_tiny_vae(), demo_tokenizer())
+    model.save(tmp_path / "named", pack_vae=False)
+    model.save(tmp_path / "packed")
+    assert not any(name.startswith("vae.") for name in load_file(tmp_path / "named" / "model.safetensors"))
+    named, packed = (OpenVision3.load(tmp_path / name) for name in ("named", "packed"))
+    images = torch.rand(1, 3, 32, 32)
+    assert named.vae is not None and torch.equal(named.encode(images), packed.encode(images))
 
 
 def test_load_without_vae_and_with_a_given_one(model, folder):

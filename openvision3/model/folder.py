@@ -26,12 +26,13 @@ _MAX_CONFIG_BYTES = 1_000_000
 
 
 def save_folder(
-    model: OpenVision3, folder: Path, *, overwrite: bool, model_card: str, dtype: torch.dtype | None
+    model: OpenVision3, folder: Path, *, overwrite: bool, model_card: str, dtype: torch.dtype | None, pack_vae: bool
 ) -> None:
     """Writes a model folder, each file whole or not at all, and `config.json` last: without it there is no model.
 
     `dtype`: of the weights on disk (None: as they are). The tiny VAE's weights are kept in fp16 where that loses
-    nothing. Raises `OpenVisionError` for a folder that holds something, unless `overwrite` and it holds a model.
+    nothing; without `pack_vae` it is only named in the config. Raises `OpenVisionError` for a folder that holds
+    something, unless `overwrite` and it holds a model.
     """
     _check_free(folder, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +40,7 @@ def save_folder(
 
     tensors = {name: _stored(name, tensor, dtype) for name, tensor in own_state(model).items()}
     description: dict[str, Any] = {"format_version": FORMAT_VERSION, "model": to_dict(model.config)}
-    if isinstance(model.vae, TinyVAE):
+    if isinstance(model.vae, TinyVAE) and pack_vae:
         description["model"]["vae"] = to_dict(model.vae.config)
         description["vae"] = to_dict(model.vae.architecture)
         tensors |= {_VAE_PREFIX + name: _compact(tensor) for name, tensor in model.vae.state_dict().items()}
