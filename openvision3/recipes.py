@@ -92,7 +92,7 @@ def demo() -> TrainConfig:
             resolution=64, samples=80_000, warmup_samples=4_000, batch_size=64, base_lr=8e-3, scenes=large
         ),
         stage2=StageConfig(
-            resolution=128, samples=250_000, warmup_samples=4_000, batch_size=64, base_lr=6e-3, lpips_weight=0.5
+            resolution=128, samples=180_000, warmup_samples=4_000, batch_size=64, base_lr=6e-3, lpips_weight=0.5
         ),
         eval_every=80_000,
         checkpoint_every=16_000,

@@ -212,11 +212,15 @@ class OpenVision3(nn.Module):
         overwrite: bool = False,
         model_card: str = "",
         dtype: torch.dtype | None = None,
+        pack_vae: bool = True,
     ) -> None:
-        """Writes the model folder; see `model/folder.py`. `dtype`: of the weights on disk (None: as they are)."""
+        """Writes the model folder; see `model/folder.py`. `dtype`: of the weights on disk (None: as they are).
+
+        A tiny VAE goes inside, unless `pack_vae` is off: then the folder names it, as it does any other.
+        """
         from openvision3.model.folder import save_folder
 
-        save_folder(self, Path(folder), overwrite=overwrite, model_card=model_card, dtype=dtype)
+        save_folder(self, Path(folder), overwrite=overwrite, model_card=model_card, dtype=dtype, pack_vae=pack_vae)
 
     @staticmethod
     def load(
