@@ -88,7 +88,7 @@ def draw(pictures: list[GalleryRow], path: Path) -> None:
 
     lines = ("original", "its VAE alone", "from 64 tokens", "tokens (3 components)")
     figure, axes = pyplot.subplots(
-        len(lines), len(pictures), figsize=(2 * len(pictures), 2 * len(lines) + 0.6), dpi=100
+        len(lines), len(pictures), figsize=(2 * len(pictures), 2.15 * len(lines) + 0.8), dpi=100
     )
     for column, row in enumerate(pictures):
         notes = (
@@ -103,7 +103,7 @@ def draw(pictures: list[GalleryRow], path: Path) -> None:
             axis.set(xticks=[], yticks=[], ylabel=lines[line] if column == 0 else "")
             axis.set_xlabel(note, fontsize=8)
             axis.spines[:].set_visible(False)
-    figure.tight_layout(pad=0.3)
+    figure.tight_layout(pad=0.3, h_pad=0.8)
     figure.savefig(path)
     pyplot.close(figure)
 
