@@ -53,18 +53,24 @@ def quickstart() -> TrainConfig:
     scenes = SceneConfig(
         num_names=100, size_min=0.35, size_max=0.65, count_weights=(0.6, 0.4, 0.0, 0.0), max_rotation=5.0
     )
+    model = _demo_model("quickstart", width=192, encoder=4, decoder=2, text_encoder=2, text_decoder=2)
     return TrainConfig(
         recipe="quickstart",
         # less noise than the default: a run this short reconstructed better with it (docs/RESULTS.md)
-        model=replace(
-            _demo_model("quickstart", width=192, encoder=4, decoder=2, text_encoder=2, text_decoder=2), noise_tau=0.1
-        ),
+        model=replace(model, noise_tau=0.1, positions="scaled"),
         data=DataConfig(scenes=scenes),
-        loss=LossConfig(omega_rec=6.0, beta=0.6, pixel_stride=8),
-        optimizer=OptimizerConfig(weight_decay=0.05),
-        stage1=StageConfig(resolution=64, samples=30_000, warmup_samples=1_600, batch_size=64, base_lr=6e-3),
+        loss=LossConfig(omega_rec=10.0, beta=1.0, pixel_stride=16),
+        optimizer=OptimizerConfig(kind="muon", weight_decay=0.05),
+        stage1=StageConfig(
+            resolution=64,
+            samples=24_000,
+            warmup_samples=1_600,
+            batch_size=64,
+            base_lr=8e-3,
+            scenes=replace(scenes, size_max=0.8, count_weights=(1.0, 0.0, 0.0, 0.0)),
+        ),
         stage2=StageConfig(
-            resolution=128, samples=10_400, warmup_samples=640, batch_size=64, base_lr=3e-3, lpips_weight=0.5
+            resolution=128, samples=13_000, warmup_samples=640, batch_size=64, base_lr=5e-3, lpips_weight=0.5
         ),
         log_every=10,
     )
