@@ -61,7 +61,7 @@ def muon(module: nn.Module, config: OptimizerConfig) -> MuonWithAdamW:
     return MuonWithAdamW(groups, (config.beta1, config.beta2), config.eps)
 
 
-def _stacked(module: nn.Module) -> list[tuple[nn.Parameter, int]]:
+def _stacked(module: nn.Module) -> list[tuple[Tensor, int]]:
     """The weight matrices of a part of a block, and how many maps each stacks."""
     if isinstance(module, SelfAttention):
         return [(module.qkv.weight, 3), (module.out.weight, 1)]
