@@ -19,6 +19,7 @@ import openvision3
 from openvision3.hub.load import DEMO_FOLDER
 from openvision3.training.monitor import read_records
 
+PICTURE = Path(__file__).parents[1] / "docs" / "demo.png"
 CARD = """# The demo model
 
 The model that `openvision3` embeds, to try every command without a download: {parameters:.1f} M parameters in fp16
@@ -38,8 +39,8 @@ general, and no other words.**
 {table}
 
 Limits: small things and pictures of three or more are named less well; what is not one of the 494 things is called by
-one of their names; at sizes above {size} px reconstructions lose more against the VAE. `metrics.jsonl` is the log of
-the run.
+one of their names; relations (left of, above ...) are guessed; at sizes above {size} px reconstructions lose more
+against the VAE. `metrics.jsonl` is the log of the run.
 """
 
 
@@ -53,10 +54,10 @@ def main(run: Path) -> None:
     stored = openvision3.load("demo", device="cpu")
     figures = measure(stored)
     (DEMO_FOLDER / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
-    draw_first(stored, Path("docs/demo.png"))
+    draw_first(stored, PICTURE)
     rows = [row for row in read_records(run / "metrics.jsonl") if row["kind"] == "train"]
     card = CARD.format(
-        parameters=sum(parameter.numel() for part, parameter in stored.named_parameters() if part[:4] != "vae.") / 1e6,
+        parameters=sum(count for part, count in stored.num_parameters().items() if part != "vae") / 1e6,
         size=stored.config.image_size,
         command=f"ov3 train {config['recipe']}",
         seed=config["seed"],

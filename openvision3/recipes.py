@@ -49,14 +49,14 @@ def _demo_model(
 
 
 def quickstart() -> TrainConfig:
-    """A small encoder of 100 named things, in about five minutes on two cores (what `ov3 quickstart` trains)."""
+    """A small encoder of 100 named things, in under ten minutes on two cores (what `ov3 quickstart` trains)."""
     scenes = SceneConfig(
         num_names=100, size_min=0.35, size_max=0.65, count_weights=(0.6, 0.4, 0.0, 0.0), max_rotation=5.0
     )
     model = _demo_model("quickstart", width=192, encoder=4, decoder=2, text_encoder=2, text_decoder=2)
     return TrainConfig(
         recipe="quickstart",
-        # less noise than the default: a run this short reconstructed better with it (docs/RESULTS.md)
+        # less noise than the default: a run this short reconstructs better with it
         model=replace(model, noise_tau=0.1, positions="scaled"),
         data=DataConfig(scenes=scenes),
         loss=LossConfig(omega_rec=10.0, beta=1.0, pixel_stride=16),

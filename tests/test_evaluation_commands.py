@@ -31,6 +31,7 @@ def test_figures_are_printed_with_their_protocol_and_written(
     names = [name for name, value in figures["retrieval"].items() if isinstance(value, float)]
     assert names and all(name in out for name in names)
     assert paths["html"].read_text().lstrip().lower().startswith("<!doctype html>")
+    assert paths["html"].read_text().count("data:image/png") >= 4  # pictures beside the figures
     code, _, err = ov3(capsys, "eval", "retrieval", *options)
     assert code == 2 and "figures.json exists" in err
 

@@ -9,15 +9,11 @@ from safetensors.torch import load_file
 from tiny_run import make_vae, tiny_config, tiny_model
 
 from openvision3.config import OptimizerConfig
-from openvision3.data.grammar import parse
-from openvision3.data.tokenizer import demo_tokenizer
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.training.loop import train
 from openvision3.training.muon import MuonWithAdamW, orthogonalise
 from openvision3.training.optimizer import build_optimizer, set_learning_rate
 from openvision3.training.run_folder import RunInterrupted
-from openvision3.training.setup import open_stream
-from openvision3.training.stages import plan
 
 MUON = OptimizerConfig(kind="muon", weight_decay=0.05)
 
@@ -85,17 +81,3 @@ def test_a_stopped_run_goes_on_exactly(tmp_path: Path) -> None:
     stopped = train(config, "cpu")
     weights, wanted = (load_file(run / "model" / "model.safetensors") for run in (stopped, whole))
     assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
-
-
-def test_a_stage_can_have_scenes_of_its_own(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, make_vae(tmp_path / "vae"))
-    alone = replace(config.data.scenes, count_weights=(1.0, 0.0, 0.0, 0.0))
-    several = replace(alone, count_weights=(0.0, 0.0, 0.0, 1.0))
-    data, stage1 = replace(config.data, scenes=several), replace(config.stage1, scenes=alone)
-    config = replace(config, data=data, stage1=stage1)
-    first, second = (open_stream(config, stage, stage.first_step, demo_tokenizer()) for stage in plan(config))
-    counts = [
-        {sum(parse(caption).things.values()) for batch in stream for caption in batch.captions}
-        for stream in (first, second)
-    ]
-    assert counts == [{1}, {4}]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from openvision3.config import LossConfig, OpenVisionError, VAEConfig
 from openvision3.data.batches import Batch
+from openvision3.data.grammar import parse
 from openvision3.data.tokenizer import demo_tokenizer
 from openvision3.evaluation.perceptual import load_lpips
 from openvision3.model.openvision3 import OpenVision3
@@ -232,3 +233,17 @@ def test_padding_that_all_rows_share_is_left_out_and_changes_nothing(vae: VAECon
     x = model.text_encoder.transformer(model.text_encoder.embedding(ids), mask, first_query=ids.shape[1] - 1)
     whole = model.text_encoder.projection(model.text_encoder.norm(x[:, 0]))
     torch.testing.assert_close(short, whole)
+
+
+def test_a_stage_can_have_scenes_of_its_own(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, make_vae(tmp_path / "vae"))
+    alone = replace(config.data.scenes, count_weights=(1.0, 0.0, 0.0, 0.0))
+    several = replace(alone, count_weights=(0.0, 0.0, 0.0, 1.0))
+    data, stage1 = replace(config.data, scenes=several), replace(config.stage1, scenes=alone)
+    config = replace(config, data=data, stage1=stage1)
+    first, second = (setup.open_stream(config, stage, stage.first_step, demo_tokenizer()) for stage in plan(config))
+    counts = [
+        {sum(parse(caption).things.values()) for batch in stream for caption in batch.captions}
+        for stream in (first, second)
+    ]
+    assert counts == [{1}, {4}]

@@ -127,9 +127,12 @@ def _measure(loaded: Any, name: str, parts: Sequence[str], options: EvalOptions,
     _print(figures, parts)
     common.write_json(output.json, figures, output.overwrite)
     if options.html is not None:
+        from openvision3.evaluation.gallery import gallery
         from openvision3.evaluation.report import Report, write_report
+        from openvision3.model.openvision3 import OpenVision3
 
-        write_report(Report(title=f"{name} on {options.data}", figures=figures), options.html)
+        pictures = gallery(loaded, data) if isinstance(loaded, OpenVision3) else []
+        write_report(Report(title=f"{name} on {options.data}", figures=figures, gallery=pictures), options.html)
     return _failures(data)
 
 

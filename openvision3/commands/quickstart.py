@@ -96,6 +96,7 @@ def _scaled(stage: StageConfig, factor: float) -> StageConfig:
 
 def _seconds_per_sample(config: TrainConfig, device: str) -> float:
     """Measured over a few steps of each stage on its first batch; a stage's own share of samples counts."""
+    from openvision3.training.optimizer import build_optimizer
     from openvision3.training.precision import choose_precision, resolve_device, synchronize
     from openvision3.training.setup import build_model, build_objective, open_stream
     from openvision3.training.stages import plan
@@ -110,9 +111,12 @@ def _seconds_per_sample(config: TrainConfig, device: str) -> float:
 
         precision = choose_precision(config.precision, model.device, run_step)
         objective = build_objective(config, stage, model, precision)
+        optimizer = build_optimizer(model, config.optimizer)
         start = time.perf_counter()
         for _ in range(_TRIAL_STEPS):
             objective.backward(first)
+            optimizer.step()
+            optimizer.zero_grad()
         synchronize(model.device)
         per_sample = _RENDERING * (time.perf_counter() - start) / (_TRIAL_STEPS * stage.config.batch_size)
         seconds.append(per_sample * stage.config.samples)
