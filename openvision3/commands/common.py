@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
+from openvision3 import files
 from openvision3.config import OpenVisionError
 
 if TYPE_CHECKING:
@@ -62,14 +62,8 @@ def whole_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises `OpenVisionError` where `path` exists and `overwrite` is off.
     """
     refuse_existing(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # the suffix stays last: writers choose the format by it
-    temporary = path.with_name(f".{path.stem[:200]}.{os.getpid()}.tmp{path.suffix}")
-    try:
+    with files.whole_file(path) as temporary:
         yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path | None, figures: Any, overwrite: bool = False) -> None:

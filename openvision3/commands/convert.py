@@ -1,8 +1,10 @@
-"""`ov3 convert`: released checkpoints, and model folders whose weights are a pickle, to safe model folders."""
+"""`ov3 convert`: a model to another form, verified on the spot: folder, released (open_clip's) layout, ONNX."""
 
-import pickle
+import contextlib
 import shutil
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,59 +13,228 @@ import tyro
 from openvision3.config import OpenVisionError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-PICKLES = ("*.bin", "*.pt", "*.pth")
+    from openvision3.hub.verify import Difference
+    from openvision3.model.openvision3 import OpenVision3
 
+Target = Literal["folder", "released", "onnx", "onnx-vae"]
+Dtype = Literal["fp32", "bf16", "fp16"]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+PICKLES = ("*.bin", "*.pt", "*.pth")
+TOLERANCES: dict[Dtype, float] = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}  # below fp32, it is the rounding of weights
+ONNX_TOLERANCE = 1e-4
+# the files of each form, in the order in which they are put in place; without the last there is no model
+FILES: dict[Target, tuple[str, ...]] = {
+    "folder": ("model.safetensors", "tokenizer.json", "README.md", "config.json"),
+    "released": ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "README.md", "open_clip_config.json"),
+    "onnx": ("model.onnx.data", "README.md", "model.onnx"),
+    "onnx-vae": ("model.onnx.data", "README.md", "model.onnx"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the forms' writers need to know."""
+
+    to: Target
+    dtype: Dtype
+    size: int | None
+    pickle: bool
+
+    def __post_init__(self) -> None:
+        if self.to.startswith("onnx") and self.dtype != "fp32":
+            raise OpenVisionError(f"ONNX is written in fp32: leave --dtype {self.dtype} out")
+        if self.size is not None and not self.to.startswith("onnx"):
+            raise OpenVisionError("--size fixes the pictures' size of --to onnx and onnx-vae; other forms have no such")
+        if self.pickle and self.to != "released":
+            raise OpenVisionError("--bin is for --to released")
+
+    @property
+    def torch_dtype(self) -> "torch.dtype":
+        import torch
+
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.dtype]
 
 
 def convert(
     source: tyro.conf.Positional[str],
     out: Path,
-    dtype: Literal["as-is", "fp32", "bf16", "fp16"] = "as-is",
+    to: Target = "folder",
+    dtype: Dtype = "fp32",
+    size: int | None = None,
+    bin: Flag = False,
     overwrite: Flag = False,
 ) -> int:
-    """Writes a model folder with weights in safetensors.
+    """Writes a model in another form, after running both on the same input.
 
-    A pickle is read by torch's loader that builds tensors and nothing else; one that holds more is refused.
+    The largest difference is printed; above the bound, nothing is written. A pickle is read by torch's loader that
+    builds tensors and nothing else; one that holds more is refused.
 
     Args:
         source: a released checkpoint (folder or hub id), or a model folder, also one whose weights are a pickle.
         out: folder to write.
-        dtype: of the weights on disk.
+        to: folder: a model folder. released: the encoder in the layout of the released weights, which is open_clip's.
+            onnx: the encoder, latents in. onnx-vae: VAE and encoder, images in.
+        dtype: of the weights on disk, for folder and released.
+        size: ONNX: the only size of pictures, pixels (default: any; the model's own where its positions are a table).
+        bin: released: also the pickle open_clip_pytorch_model.bin, as the authors published theirs.
         overwrite: replace the model in `out`.
     """
-    import torch
+    options = Options(to, dtype, size, bin)
+    check_free(out, to, overwrite)
+    with tempfile.TemporaryDirectory(prefix="ov3-convert-") as scratch:
+        model, read = load_source(source, Path(scratch), with_vae=to == "onnx-vae")
+        with staging(out) as stage:
+            written = write(model, stage, options)
+            checks = [*read, verify(model, stage, options)]
+            install(stage, out, FILES[to])
+    print(f"{out}: {written}")
+    if missing := left_out(model, to):
+        print(f"left out, for which this form has no place: {', '.join(missing)}")
+    for check in checks:
+        print(check)
+    return 0
 
+
+def load_source(source: str, scratch: Path, with_vae: bool) -> "tuple[OpenVision3, list[Difference]]":
+    """The model, fp32 on the CPU, and how it compares with open_clip's tower where that can read the source.
+
+    Its VAE comes along where it is inside, or is needed; others are named in the config and need not be had.
+    """
     import openvision3
+    from openvision3.hub.load import model_folder
     from openvision3.hub.released import is_released_folder
     from openvision3.model.folder import CONFIG, TOKENIZER, WEIGHTS
 
-    folder = Path(source)
-    with tempfile.TemporaryDirectory(prefix="ov3-convert-") as name:
-        weights = pickled_weights(folder, WEIGHTS) if not is_released_folder(folder) else None
-        if weights is not None:
-            safe = Path(name)
-            write_safetensors(read_state(weights), safe / WEIGHTS)
-            for extra in (CONFIG, TOKENIZER):
-                if (folder / extra).is_file():
-                    shutil.copyfile(folder / extra, safe / extra)
-            folder = safe
-        # its own VAE, where it is inside, goes along; others are named in the config and need not be had
-        model = openvision3.load(folder if weights else source, vae=_vae_inside(folder), device="cpu")
-        kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        model.save(out, overwrite=overwrite, dtype=kinds.get(dtype))
-    print(f"{out}: {', '.join(f'{part} {count:,}' for part, count in model.num_parameters().items())} parameters")
-    return 0
+    folder = model_folder(source)
+    if is_released_folder(folder):
+        model = openvision3.load(folder, vae="auto" if with_vae else None, device="cpu")
+        check = _through_open_clip(folder, model, TOLERANCES["fp32"], "open_clip's tower, of the source")
+        return model, [check] if check else []
+    weights = pickled_weights(folder, WEIGHTS)
+    if weights is None:
+        return openvision3.load(folder, vae="auto" if with_vae else _vae_inside(folder), device="cpu"), []
+    write_safetensors(read_state(weights), scratch / WEIGHTS)
+    for extra in (CONFIG, TOKENIZER):
+        if (folder / extra).is_file():
+            shutil.copyfile(folder / extra, scratch / extra)
+    try:
+        return openvision3.load(scratch, vae="auto" if with_vae else _vae_inside(scratch), device="cpu"), []
+    except OpenVisionError as error:  # which names the scratch copies
+        named = str(error).replace(str(scratch / WEIGHTS), str(weights)).replace(str(scratch), str(folder))
+        raise OpenVisionError(named) from None
+
+
+def write(model: "OpenVision3", stage: Path, options: Options) -> str:
+    """Writes the form into the empty folder `stage`, and says what it is."""
+    if options.to == "folder":
+        model.save(stage, dtype=options.torch_dtype)
+        return f"{', '.join(f'{part} {count:,}' for part, count in model.num_parameters().items())} parameters"
+    if options.to == "released":
+        from openvision3.hub.open_clip import released_state, save_released
+
+        save_released(model, stage, options.torch_dtype, options.pickle)
+        return f"encoder, {len(released_state(model))} tensors"
+    from openvision3.hub.onnx import export_onnx, input_name
+
+    through_vae = options.to == "onnx-vae"
+    any_size = export_onnx(model, stage, through_vae, options.size)
+    side = options.size or model.config.image_size
+    sizes = "pictures of any size" if any_size else f"pictures of {side} x {side} pixels alone"
+    return f"input {input_name(model, through_vae)}, outputs tokens and pooled, {sizes}"
+
+
+def verify(model: "OpenVision3", stage: Path, options: Options) -> "Difference":
+    """Runs the model and what was written, read back from disk; raises `OpenVisionError` where they differ."""
+    import openvision3
+    from openvision3.hub import verify as v
+
+    if options.to == "folder":
+        again = openvision3.load(stage, vae=_vae_inside(stage), device="cpu")
+        return v.compare(v.all_outputs(model), v.all_outputs(again), TOLERANCES[options.dtype], "openvision3")
+    if options.to == "released":
+        if difference := _through_open_clip(stage, model, TOLERANCES[options.dtype], "open_clip's tower"):
+            return difference
+        inputs = v.random_inputs(model.config, v.native_grid(model.config), batch=2)
+        again = v.encoder_outputs(openvision3.load(stage, vae=None, device="cpu"), inputs)
+        through = "openvision3 (open_clip_torch is not installed)"
+        return v.compare(v.encoder_outputs(model, inputs), again, TOLERANCES[options.dtype], through)
+    from openvision3.hub.onnx import MODEL, OnnxEncoder
+
+    exported, vae = OnnxEncoder(stage / MODEL), options.to == "onnx-vae"
+    rows, columns = v.native_grid(model.config)
+    if options.size is not None:
+        rows = columns = options.size // model.config.downsampling
+    grids = [((rows, columns), 2), ((rows, columns), 1)]
+    if exported.any_size:
+        grids.append(((max(1, rows - 1), columns + 2), 3))
+    cases = [v.random_inputs(model.config, grid, batch, images=vae) for grid, batch in grids]
+    return v.compare_each(
+        cases, lambda x: v.encoder_outputs(model, x, through_vae=vae), exported, ONNX_TOLERANCE, "onnxruntime"
+    )
+
+
+def left_out(model: "OpenVision3", to: Target) -> list[str]:
+    """The model's parts that the form has no place for."""
+    if to == "folder":
+        return []
+    config = model.config
+    parts = {
+        "decoder": config.decoder,
+        "text encoder": config.text_encoder,
+        "text decoder": config.text_decoder,
+        "VAE": model.vae if to != "onnx-vae" else None,
+    }
+    return [name for name, part in parts.items() if part is not None]
+
+
+def check_free(out: Path, to: Target, overwrite: bool) -> None:
+    """Refuses a folder that holds anything, unless `overwrite` and it holds a model of the same form."""
+    if not out.exists():
+        return
+    names = {path.name for path in out.iterdir()} if out.is_dir() else {""}
+    if names and not overwrite:
+        raise OpenVisionError(f"{out} exists already; choose another folder or pass --overwrite")
+    marks = {files[-1] for files in FILES.values()} & names
+    if names and marks != {FILES[to][-1]} and not names <= set(FILES[to]):
+        raise OpenVisionError(f"{out} holds something that is no model of this form; choose another folder")
+
+
+@contextlib.contextmanager
+def staging(out: Path) -> Iterator[Path]:
+    """An empty folder on the file system of `out`, removed at the end; the folders above `out` need not exist yet."""
+    home = next(path for path in out.absolute().parents if path.exists())
+    if not home.is_dir():
+        raise OpenVisionError(f"{out} can't be made: {home} is a file")
+    with tempfile.TemporaryDirectory(prefix=".ov3-convert-", dir=home) as name:
+        stage = Path(name) / "model"  # not the temporary folder itself, which nobody else may read
+        stage.mkdir()
+        yield stage
+
+
+def install(stage: Path, out: Path, files: tuple[str, ...]) -> None:
+    """Moves what is in `stage` to `out`: by one rename where nothing is there, else file by file, the mark last."""
+    for path in stage.iterdir():
+        shutil.copymode(stage / "README.md", path)  # safetensors' files may be read by their owner alone
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not out.exists():
+        stage.rename(out)
+        return
+    (out / files[-1]).unlink(missing_ok=True)
+    for name in files:
+        if (stage / name).is_file():
+            (stage / name).replace(out / name)
+        else:
+            (out / name).unlink(missing_ok=True)
 
 
 def pickled_weights(folder: Path, weights: str) -> Path | None:
     """The file of a model folder's weights where that is a pickle: under the right name, or under a pickle's."""
     from openvision3.model.folder import is_pickle
 
-    if not folder.is_dir():
-        return None
     if (folder / weights).is_file():
         return folder / weights if is_pickle(folder / weights) else None
     return next((path for pattern in PICKLES for path in sorted(folder.glob(pattern))), None)
@@ -79,7 +250,7 @@ def read_state(path: Path) -> "dict[str, Tensor]":
     try:
         with path.open("rb") as file:  # by its content: torch chooses the reader of a path by its name
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged pickle can make its reader raise almost anything
         reason = " ".join(str(error).split())[:120]
         raise OpenVisionError(f"{path} is refused: it is not a plain table of tensors ({reason})") from None
     for key in ("state_dict", "model"):
@@ -101,3 +272,16 @@ def _vae_inside(folder: Path) -> Literal["auto"] | None:
     from openvision3.model.folder import CONFIG, read_description
 
     return "auto" if (folder / CONFIG).is_file() and read_description(folder)[1] is not None else None
+
+
+def _through_open_clip(folder: Path, model: "OpenVision3", tolerance: float, through: str) -> "Difference | None":
+    """How open_clip's tower, with a released folder's weights, compares with the model; None without open_clip."""
+    from openvision3.hub import verify as v
+    from openvision3.hub.open_clip import open_clip_tower
+
+    tower = open_clip_tower(folder)
+    if tower is None:
+        return None
+    inputs = v.random_inputs(model.config, v.native_grid(model.config), batch=2)
+    pooled, tokens = tower(inputs)
+    return v.compare(v.encoder_outputs(model, inputs), {"tokens": tokens, "pooled": pooled}, tolerance, through)

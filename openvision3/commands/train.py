@@ -40,7 +40,13 @@ def train(args: list[str]) -> int:
         near = difflib.get_close_matches(args[0], RECIPES, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(RECIPES)}"
         raise OpenVisionError(f"there is no recipe {args[0]!r}; {hint}")
-    run = resolve(RECIPES[args[0]](), args[1:], f"ov3 train {args[0]}")
+    recipe, prog = RECIPES[args[0]](), f"ov3 train {args[0]}"
+    run = resolve(recipe, args[1:], prog)
+    if isinstance(run.config, TrainConfig) and isinstance(recipe, TrainConfig) and run.config.attach:
+        from openvision3.training.attach import SETTLES, attached
+
+        chosen = {name: getattr(run.config, name) for name in SETTLES}
+        run = resolve(attached(dataclasses.replace(recipe, **chosen)), args[1:], prog)  # the other fields go on top
     return run_train(run.config, run.device, run.dry_run)
 
 

@@ -15,12 +15,15 @@ names, with or without the prefix `visual.`, and ours (B = `transformer.resblock
 | B mlp.c_fc, mlp.c_proj | B mlp.up, mlp.down | |
 | ln_post | encoder.pool_norm | |
 | proj | encoder.projection.weight | transposed |
+
+`hub/open_clip.py` writes such folders. What the layout cannot say is then under the key `openvision3` of the config
+(which open_clip does not read): "vae", where it is not FLUX.1's as released, and "positions", where they are scaled.
 """
 
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,13 +31,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from openvision3.config import ModelConfig, OpenVisionError, TransformerConfig, VAEConfig
+from openvision3.config import ModelConfig, OpenVisionError, TransformerConfig, VAEConfig, from_dict
 from openvision3.model.blocks import sincos_positions
 from openvision3.model.openvision3 import INITIAL_LOGIT_SCALE, OpenVision3
 from openvision3.vae import FrozenVAE, load_vae
 from openvision3.vae_diffusers import flux_config
 
-CONFIG = "open_clip_config.json"
+CONFIG, EXTRA = "open_clip_config.json", "openvision3"
 _WEIGHTS = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
@@ -91,12 +94,14 @@ def load_released(
     """
     folder = Path(folder)
     config = read_released_config(folder)
-    state = _read_state(folder)
+    state = read_state(folder)
     names = dict(released_names(config.encoder.depth))
     if missing := [name for name in names if name not in state]:
         raise OpenVisionError(f"{folder}: the weights lack {missing[0]}")
     if surplus := sorted(state.keys() - names.keys()):
         raise OpenVisionError(f"{folder}: the weights hold {surplus[0]}, which {CONFIG} does not describe")
+    if strange := [name for name, tensor in state.items() if not tensor.is_floating_point()]:
+        raise OpenVisionError(f"{folder}: {strange[0]} holds {state[strange[0]].dtype}, not floating-point numbers")
 
     ours = {here: state[there].to(dtype=dtype or torch.float32) for there, here in names.items()}
     if ours["encoder.projection.weight"].ndim == 2:
@@ -134,10 +139,15 @@ def read_released_config(folder: Path) -> ModelConfig:
         mlp_width = int(width * float(vision.get("mlp_ratio", 4.0)))
         eps = float((vision.get("norm_kwargs") or {}).get("eps", 1e-5))
         embed_dim = int(model["embed_dim"])
+        act, extra = vision.get("act_kwargs") or {}, data.get(EXTRA, {})
+        vae = from_dict(VAEConfig, extra["vae"], f"{path}: vae") if "vae" in extra else flux_config("released")
+        positions = "scaled" if extra.get("positions") == "scaled" else "computed"
     except FileNotFoundError:
         raise OpenVisionError(f"{path} does not exist") from None
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise OpenVisionError(f"{path} does not describe a released encoder: {error!r}") from None
+    except (RecursionError, OverflowError):
+        raise OpenVisionError(f"{path} does not describe a released encoder: nested too deeply or too large") from None
     required: dict[str, Any] = {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}
     for name, value in required.items():
         if vision.get(name) != value:
@@ -148,8 +158,10 @@ def read_released_config(folder: Path) -> ModelConfig:
         raise OpenVisionError(
             f"{path}: sizes must be positive, and width {width} a multiple of head_width {head_width}"
         )
+    if act not in ({}, {"approximate": "none"}, {"approximate": "tanh"}):
+        raise OpenVisionError(f"{path}: act_kwargs {act!r} is no activation known here")
+    activation = "gelu_tanh" if act == {"approximate": "tanh"} else "gelu"
     pixels = channels == 3
-    vae = VAEConfig() if pixels else flux_config("released")
     return ModelConfig(
         name=folder.name,
         input="pixels" if pixels else "latents",
@@ -157,16 +169,20 @@ def read_released_config(folder: Path) -> ModelConfig:
         patch_size=patch,
         image_size=size if pixels else size * vae.factor,  # stated in the units of the tower's input
         embed_dim=embed_dim,
-        encoder=TransformerConfig(width, depth, width // head_width, mlp_width, "gelu", eps),
+        encoder=TransformerConfig(width, depth, width // head_width, mlp_width, activation, eps),
+        positions=positions,
         decoder=None,
         text_encoder=None,
         text_decoder=None,
-        vae=vae,
+        vae=VAEConfig() if pixels else vae,
     )
 
 
-def download(repo_id: str) -> Path:
-    """The local snapshot of a hub repository, downloaded where needed; raises `OpenVisionError` without it."""
+def download(repo_id: str, weights: Sequence[str] = _WEIGHTS) -> Path:
+    """The local snapshot of a hub repository, downloaded where needed; raises `OpenVisionError` without it.
+
+    `weights`: patterns of the weights' files.
+    """
     if not _HUB_ID.fullmatch(repo_id):
         raise OpenVisionError(
             f"{repo_id!r} is neither a folder nor a hub id such as UCSC-VLAA/openvision3-vit-base-patch2-32"
@@ -174,7 +190,7 @@ def download(repo_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=["*.json", *_WEIGHTS, "README.md"]))
+        return Path(snapshot_download(repo_id, allow_patterns=["*.json", *weights, "README.md"]))
     except Exception as error:  # the hub client raises its own, httpx's and the system's errors
         reason = " ".join(str(error).split())[:200]
         raise OpenVisionError(
@@ -183,7 +199,8 @@ def download(repo_id: str) -> Path:
         ) from None
 
 
-def _read_state(folder: Path) -> dict[str, Tensor]:
+def read_state(folder: Path) -> dict[str, Tensor]:
+    """The vision tower's tensors of a folder in open_clip's format, without the prefix `visual.`."""
     path = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise OpenVisionError(f"{folder} has no weights; expected one of {', '.join(_WEIGHTS)}")

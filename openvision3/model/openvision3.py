@@ -12,6 +12,7 @@ from openvision3.config import ModelConfig, OpenVisionError
 from openvision3.model.blocks import Transformer
 from openvision3.model.decoder import LatentDecoder
 from openvision3.model.encoder import VisionEncoder, square_grid
+from openvision3.model.external import ExternalEncoder
 from openvision3.model.flops import forward_flops
 from openvision3.model.generate import beam_search, greedy_search
 from openvision3.model.text import CaptionDecoder, TextEncoder
@@ -43,7 +44,7 @@ class OpenVision3(nn.Module):
         super().__init__()
         check_model(config)
         self.config = config
-        self.encoder = VisionEncoder(config)
+        self.encoder = VisionEncoder(config) if config.external is None else ExternalEncoder(config)
         self.decoder = LatentDecoder(config, config.decoder) if config.decoder else None
         self.text_encoder = (
             TextEncoder(config.text_encoder, config.embed_dim, config.attention) if config.text_encoder else None
@@ -97,13 +98,13 @@ class OpenVision3(nn.Module):
             raise ValueError(
                 f"expected images (B, 3, H, W) with H and W multiples of {step}, got {tuple(images.shape)}"
             )
-        if self.config.input == "pixels":
+        if self.config.input == "pixels" or self.config.external is not None:
             return self.encoder(images)
         return self.encode_latents(self._need_vae().encode(images))
 
     def encode_latents(self, latents: Tensor) -> Tensor:
         """Scaled VAE latents (B, C, h, w) -> unified tokens (B, h/2 * w/2, D); skips the VAE."""
-        if self.config.input == "pixels":
+        if self.config.input == "pixels" or self.config.external is not None:
             raise OpenVisionError(f"model {self.config.name!r} reads pixels, not latents: call encode(images)")
         return self.encoder(latents)
 
@@ -199,6 +200,8 @@ class OpenVision3(nn.Module):
             "vae": self.vae,
         }
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
+        if isinstance(self.encoder, ExternalEncoder):
+            counts["encoder"] += self.encoder.tower_parameters()
         return counts | {"temperature": self.logit_scale.numel()}
 
     def flops(self, resolution: int) -> dict[str, float]:
