@@ -1,6 +1,7 @@
 """`ov3 convert`: the golden checkpoint and a tiny model through every form, what does not fit, damaged sources."""
 
 import dataclasses
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -21,7 +22,7 @@ from openvision3.hub.onnx import OnnxEncoder
 from openvision3.hub.verify import compare, encoder_outputs, random_inputs
 from openvision3.model.blocks import SIZES
 from openvision3.model.openvision3 import OpenVision3
-from openvision3.vae_diffusers import flux_config
+from openvision3.vae_diffusers import flux_config, read_config
 
 BIN, CONFIG = "open_clip_pytorch_model.bin", "open_clip_config.json"
 PARTS: dict[str, Any] = {"decoder": None, "text_encoder": None, "text_decoder": None}
@@ -119,6 +120,27 @@ def test_onnx_of_scaled_positions_takes_any_size(capsys: pytest.CaptureFixture[s
     model, exported = openvision3.load(source, vae=None, device="cpu"), OnnxEncoder(tmp_path / "onnx" / "model.onnx")
     latents = random_inputs(model.config, (3, 8), 2)
     compare(encoder_outputs(model, latents), exported(latents), 1e-4, "onnxruntime")
+
+
+def test_onnx_with_an_autoencoder_of_diffusers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Shaped like FLUX.1's, with its attention in the middle; the command compares a grid that is not square."""
+    diffusers: Any = importlib.import_module("diffusers")
+    torch.manual_seed(0)
+    diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[8, 16],
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).save_pretrained(tmp_path / "vae")
+    vae = dataclasses.replace(read_config(str(tmp_path / "vae")), latent_shift=0.1159)
+    source = encoder_model(tmp_path / "own", vae=vae, in_channels=4, encoder=TransformerConfig(32, 1, 2))
+    code, out, err = ov3(capsys, "convert", source, "--out", tmp_path / "onnx", "--to", "onnx-vae")
+    assert code == 0, err
+    assert "pictures of any size" in out and "left out" not in out
 
 
 def test_what_the_released_layout_has_no_place_for(
