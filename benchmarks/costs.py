@@ -85,7 +85,7 @@ def costs() -> Iterator[Cost]:
 
 def flux_vae() -> DiffusersVAE:
     """FLUX.1's autoencoder without weights."""
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     with torch.device("meta"):
         return DiffusersVAE(flux_config(), AutoencoderKL(**FLUX_ARCHITECTURE))
@@ -119,8 +119,9 @@ def clip(architecture: str, name: str) -> Cost:
     """The vision tower of one of open_clip's configurations."""
     import open_clip
 
+    config: Any = open_clip.get_model_config(architecture)
     with torch.device("meta"):
-        tower: Any = open_clip.CLIP(**open_clip.get_model_config(architecture)).eval().requires_grad_(False).visual
+        tower: Any = open_clip.CLIP(**config).eval().requires_grad_(False).visual
     side = tower.image_size[0]
     tokens = (side // tower.patch_size[0]) ** 2
     return Cost(name, side, tokens, tower.conv1.out_channels, parameters(tower), counted_flops(tower, (3, side, side)))
