@@ -50,8 +50,6 @@ class TextEncoder(nn.Module):
     alone.
     """
 
-    drops_padding = True  # off: shapes depend on no value, for those who count on shapes alone (`training/memory.py`)
-
     def __init__(self, config: TextEncoderConfig, embed_dim: int, path: AttentionPath):
         super().__init__()
         size = config.transformer
@@ -65,8 +63,9 @@ class TextEncoder(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Ids (B, L), [cls] last -> projected feature (B, embed_dim), not L2-normalised."""
         used = ids != self.config.pad_id
-        # Columns that are padding in every row change nothing. On a GPU finding them would wait for the device.
-        keep = used.any(dim=0) if self.drops_padding and ids.device.type == "cpu" else None
+        # Columns that are padding in every row change nothing. On a GPU finding them would wait for the device, and
+        # tensors without values (of a dry run, or an export) can't be asked.
+        keep = used.any(dim=0) if ids.device.type == "cpu" and type(ids) is Tensor else None
         x = self.embedding(ids, keep=keep)
         mask = (used if keep is None else used[:, keep])[:, None, None, :]
         x = self.transformer(x, mask, first_query=x.shape[1] - 1)

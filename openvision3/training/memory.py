@@ -46,8 +46,7 @@ def activation_bytes(
             parts["encoder"] = lambda n: model.pool(model.encoder(torch.empty(n, channels, side, side)))
         if "reconstruction" in trained:
             parts["decoder"] = lambda n: nn.functional.l1_loss(*_pair(model.decoder, tokens(n), (grid, grid)))
-        if "contrastive" in trained and (text := config.model.text_encoder) and model.text_encoder is not None:
-            model.text_encoder.drops_padding = False
+        if "contrastive" in trained and (text := config.model.text_encoder):
             parts["text_encoder"] = lambda n: model.embed_text_ids(ids(2 * n, text.context_length))
         if "caption" in trained and (caption := config.model.text_decoder):
             parts["text_decoder"] = lambda n: _caption_loss(model, tokens(n), ids(n, caption.context_length))
