@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from encoder_folders import GOLDEN, save_released
+from encoder_folders import GOLDEN, save_released, save_transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -235,10 +235,15 @@ def test_what_the_layout_cannot_express_is_refused(
         assert "already takes images" in refused(capsys, tmp_path / "out", source, "--to", "onnx-vae")
 
 
-def test_another_librarys_encoder_is_refused() -> None:
-    config = ModelConfig("clip", external=ExternalEncoderConfig("some/clip"), **PARTS)
-    with pytest.raises(OpenVisionError, match="its encoder is some/clip"):
-        open_clip.released_config(config)
+def test_another_librarys_encoder_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    clip = save_transformers(tmp_path / "clip", "clip_vision_model")
+    external = ExternalEncoderConfig(str(clip))
+    source = encoder_model(tmp_path / "source", image_size=32, vae=VAEConfig(), external=external)
+    capsys.readouterr()  # transformers' progress bar
+    for form in ("folder", "released", "onnx", "onnx-vae"):
+        assert "another library's encoder" in refused(capsys, tmp_path / "out", source, "--to", form)
+    with pytest.raises(OpenVisionError, match="another library's encoder"):
+        open_clip.released_state(OpenVision3.load(source, vae=None))
 
 
 @pytest.mark.parametrize(

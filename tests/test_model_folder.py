@@ -22,6 +22,7 @@ from openvision3.config import (
     VAEConfig,
 )
 from openvision3.data.tokenizer import demo_tokenizer
+from openvision3.model.encoder import VisionEncoder
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.vae import TinyVAE, load_tiny_vae
 
@@ -189,10 +190,12 @@ def test_half_precision_on_disk(model, tmp_path):
     model.save(tmp_path / "half", dtype=torch.float16)
     assert load_file(tmp_path / "half" / "model.safetensors")["encoder.patch_embed.weight"].dtype == torch.float16
     loaded = OpenVision3.load(tmp_path / "half")
+    assert isinstance(model.encoder, VisionEncoder) and isinstance(loaded.encoder, VisionEncoder)
     weight = model.encoder.patch_embed.weight
     assert torch.equal(loaded.encoder.patch_embed.weight, weight.half().float())
     assert loaded.logit_scale.item() == model.logit_scale.item() and loaded.token_rms.item() == pytest.approx(1.7)
     huge = OpenVision3(make_config())
+    assert isinstance(huge.encoder, VisionEncoder)
     huge.encoder.class_token.data.fill_(1e6)
     with pytest.raises(OpenVisionError, match="class_token"):
         huge.save(tmp_path / "huge", dtype=torch.float16)

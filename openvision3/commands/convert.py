@@ -83,10 +83,13 @@ def convert(
         bin: released: also the pickle open_clip_pytorch_model.bin, as the authors published theirs.
         overwrite: replace the model in `out`.
     """
+    from openvision3.hub.verify import own_encoder
+
     options = Options(to, dtype, size, bin)
     check_free(out, to, overwrite)
     with tempfile.TemporaryDirectory(prefix="ov3-convert-") as scratch:
         model, read = load_source(source, Path(scratch), with_vae=to == "onnx-vae")
+        own_encoder(model)
         with staging(out) as stage:
             written = write(model, stage, options)
             checks = [*read, verify(model, stage, options)]

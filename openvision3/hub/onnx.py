@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from openvision3.config import AttentionPath, OpenVisionError
-from openvision3.hub.verify import random_inputs
+from openvision3.hub.verify import own_encoder, random_inputs
 from openvision3.model.blocks import SelfAttention
-from openvision3.model.encoder import VisionEncoder
 from openvision3.model.openvision3 import OpenVision3
 
 MODEL, DATA, CARD = "model.onnx", "model.onnx.data", "README.md"
@@ -41,9 +40,7 @@ def export_onnx(model: OpenVision3, folder: Path, through_vae: bool = False, siz
     own. Returns whether it takes any size. Raises `OpenVisionError` where the model cannot be exported.
     """
     require_onnx()
-    config, encoder = model.config, model.encoder
-    if not isinstance(encoder, VisionEncoder):
-        raise OpenVisionError(f"model {config.name!r} has no encoder of its own to export: it reads another library's")
+    config, encoder = model.config, own_encoder(model)
     if through_vae and config.input == "pixels":
         raise OpenVisionError(f"model {config.name!r} has no VAE, it reads pixels: --to onnx already takes images")
     step = config.downsampling

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from openvision3.config import Activation, ModelConfig, OpenVisionError, to_dict
 from openvision3.hub.released import CONFIG, EXTRA, read_state, released_names
-from openvision3.model.encoder import VisionEncoder
+from openvision3.hub.verify import own_encoder
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.vae import TinyVAE, load_tiny_vae
 from openvision3.vae_diffusers import flux_config
@@ -30,8 +30,6 @@ _ACTIVATIONS: dict[Activation, dict[str, Any]] = {"gelu": {}, "gelu_tanh": {"act
 def released_config(config: ModelConfig) -> dict[str, Any]:
     """`open_clip_config.json` of an encoder; raises `OpenVisionError` for one that the layout cannot express."""
     size, refused = config.encoder, f"model {config.name!r} can't be written in the released layout: "
-    if config.external is not None:
-        raise OpenVisionError(refused + f"its encoder is {config.external.source}, which has its own files")
     if config.input == "pixels" or config.in_channels == 3:
         raise OpenVisionError(
             refused + "it reads 3 channels of pixels; the layout is of encoders that read VAE latents"
@@ -69,8 +67,7 @@ def released_config(config: ModelConfig) -> dict[str, Any]:
 
 def released_state(model: OpenVision3) -> dict[str, Tensor]:
     """The encoder's tensors under their released names, with the position table of the model's own size."""
-    encoder, side = model.encoder, model.config.image_size // model.config.downsampling
-    assert isinstance(encoder, VisionEncoder)
+    encoder, side = own_encoder(model), model.config.image_size // model.config.downsampling
     of_class, of_patches = encoder.position_table((side, side))
     first = torch.zeros_like(of_patches[0]) if of_class is None else of_class
     ours = model.state_dict() | {"encoder.positions": torch.cat([first[None], of_patches])}
@@ -85,6 +82,7 @@ def save_released(model: OpenVision3, folder: Path, dtype: torch.dtype = torch.f
     in any `dtype`: rounded, it would no longer be the formula's, which works at every size. Raises `OpenVisionError`
     for a model that the layout cannot express, or values that `dtype` cannot hold.
     """
+    own_encoder(model)
     description = released_config(model.config)
     if extra := _beyond_layout(model):
         description[EXTRA] = extra

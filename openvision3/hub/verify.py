@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from openvision3.config import ModelConfig, OpenVisionError
+from openvision3.model.encoder import VisionEncoder
 from openvision3.model.openvision3 import OpenVision3
 
 Outputs = Mapping[str, Tensor]
@@ -25,10 +26,21 @@ class Difference:
         return f"largest difference {self.value:.2g} ({self.output}), bound {self.bound:.2g}, through {self.through}"
 
 
+def own_encoder(model: OpenVision3) -> VisionEncoder:
+    """The model's encoder; raises `OpenVisionError` where that is another library's, which has no other form here."""
+    if not isinstance(model.encoder, VisionEncoder):
+        source = model.config.external.source if model.config.external is not None else "another library"
+        raise OpenVisionError(
+            f"model {model.config.name!r} reads the tokens of {source}, another library's encoder: "
+            "it has no encoder of its own to convert"
+        )
+    return model.encoder
+
+
 def random_inputs(config: ModelConfig, grid: tuple[int, int], batch: int, images: bool = False) -> Tensor:
     """Seeded latents of unit variance, or pictures in [-1, 1] (`images`, and encoders of pixels), of a token grid."""
     rng = torch.Generator().manual_seed(0)
-    if images or config.input == "pixels" or config.external is not None:
+    if images or config.input == "pixels":
         height, width = (count * config.downsampling for count in grid)
         return torch.rand(batch, 3, height, width, generator=rng) * 2 - 1
     height, width = (count * config.patch_size for count in grid)

@@ -6,6 +6,7 @@ What is left out has its reason beside it (`LEFT_OUT`); what skips by itself is 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import unittest
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,7 +43,7 @@ TINY_VAE = OpenVision3VAEConfig(
     },
     include_decoder=True,
 )
-STACK = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
+STACK: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 class VisionTester:

@@ -15,6 +15,7 @@ from openvision3.hub.hf.processing import OpenVision3Processor, OpenVision3Token
 from openvision3.hub.hf.standalone.configuration_openvision3 import OpenVision3VAEConfig, OpenVision3VisionConfig
 from openvision3.hub.hf.standalone.image_processing_openvision3 import OpenVision3ImageProcessor
 from openvision3.hub.hf.standalone.modeling_openvision3 import OpenVision3VisionModel
+from openvision3.hub.verify import own_encoder
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.vae import TinyVAE
 
@@ -28,12 +29,8 @@ def to_transformers(model: OpenVision3, vision_only: bool = False) -> OpenVision
     where the model has one (its decoding half only if something decodes), and without one the result takes latents.
     Raises `OpenVisionError` for a model whose encoder is another library's.
     """
+    own_encoder(model)
     config = model.config
-    if config.external is not None:
-        raise OpenVisionError(
-            f"model {config.name!r} reads the tokens of {config.external.source}, another library's encoder: "
-            "it has no encoder of its own to convert"
-        )
     whole = not vision_only and any((config.decoder, config.text_encoder, config.text_decoder))
     vision = _vision_config(model, include_vae_decoder=whole and config.decoder is not None)
     device = model.device

@@ -1,4 +1,4 @@
-"""Pictures to pixels in [-1, 1] for OpenVision 3: the short side resized, the centre cropped to multiples of 16."""
+"""Pictures to pixels in [-1, 1] for OpenVision 3: the short side resized and the centre cropped, or padded to 16s."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ MULTIPLE = 16  # pixels per token, each side
 class OpenVision3ImageProcessor(PilBackend):
     """Gives what `openvision3.preprocess(picture, size)` gives: bicubic with antialiasing, by Pillow.
 
-    With `do_resize=False` a picture keeps its pixels and is cropped centrally to multiples of 16. Raises `ValueError`
-    for a crop that is no multiple of 16.
+    With `do_resize=False` a picture keeps its pixels, padded to multiples of 16 by reflection at the right and the
+    bottom, as by `openvision3.preprocess(picture)`. Raises `ValueError` for a crop that is no multiple of 16.
     """
 
     _auto_class = "AutoImageProcessor"
@@ -46,17 +46,21 @@ class OpenVision3ImageProcessor(PilBackend):
         if do_center_crop and do_resize and (crop.height % MULTIPLE or crop.width % MULTIPLE):
             raise ValueError(f"crop_size {crop.height} x {crop.width} must be multiples of {MULTIPLE}")
         if not do_resize:
-            images = [_crop(x, *(max(side // MULTIPLE, 1) * MULTIPLE for side in x.shape[1:])) for x in images]
+            images = [_pad(x) for x in images]
             do_center_crop = False
         return super()._preprocess(images, do_resize=do_resize, do_center_crop=do_center_crop, **kwargs)
 
 
 def _crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The centre of (3, H, W); raises `ValueError` where there is less."""
-    if height > image.shape[1] or width > image.shape[2]:
-        raise ValueError(f"a picture of {image.shape[2]} x {image.shape[1]} pixels is smaller than {width} x {height}")
+    """The centre of (3, H, W), which is at least that large."""
     top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
     return image[:, top : top + height, left : left + width]
+
+
+def _pad(image: np.ndarray) -> np.ndarray:
+    """(3, H, W) reflected at the right and the bottom, as often as needed, to multiples of 16."""
+    _, height, width = image.shape
+    return np.pad(image, ((0, 0), (0, -height % MULTIPLE), (0, -width % MULTIPLE)), mode="reflect")
 
 
 __all__ = ["OpenVision3ImageProcessor"]
