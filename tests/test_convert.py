@@ -12,12 +12,15 @@ import torch
 from encoder_folders import GOLDEN, save_released, save_transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModel, AutoProcessor
 
 import openvision3
 from openvision3 import cli
 from openvision3.commands import convert as command
 from openvision3.config import ExternalEncoderConfig, ModelConfig, OpenVisionError, TransformerConfig, VAEConfig
 from openvision3.hub import open_clip, released
+from openvision3.hub.hf import convert as hf_convert
+from openvision3.hub.hf import to_transformers
 from openvision3.hub.onnx import OnnxEncoder
 from openvision3.hub.verify import compare, encoder_outputs, random_inputs
 from openvision3.model.blocks import SIZES
@@ -98,6 +101,58 @@ def test_the_golden_checkpoint_in_onnx(capsys: pytest.CaptureFixture[str], tmp_p
         OnnxEncoder(tmp_path / "onnx" / "model.onnx")
 
 
+@pytest.mark.parametrize("to", ["transformers", "transformers-vision"])
+def test_the_golden_checkpoint_in_transformers(capsys: pytest.CaptureFixture[str], tmp_path: Path, to: str) -> None:
+    out = tmp_path / "out"
+    code, said, err = ov3(capsys, "convert", GOLDEN, "--out", out, "--to", to)
+    assert code == 0 and not err, err
+    assert "OpenVision3VisionModel, reads latents" in said and "through transformers" in said
+    with torch.no_grad():
+        output = AutoModel.from_pretrained(out)(latents=EXPECTED["latents"])
+    assert golden_difference({"tokens": output.last_hidden_state, "pooled": output.pooler_output}) <= 1e-5
+
+
+def test_a_whole_model_in_transformers(
+    capsys: pytest.CaptureFixture[str], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every part is there and compared; an own model folder is no transformers folder, nor the other way round."""
+    out = tmp_path / "whole"
+    code, said, err = ov3(capsys, "convert", tiny_model, "--out", out, "--to", "transformers")
+    assert code == 0, err
+    assert "OpenVision3Model, reads pictures" in said and "left out" not in said
+    assert AutoProcessor.from_pretrained(out).tokenizer.model_max_length == 16
+    assert "no model of this form" in ov3(capsys, "convert", tiny_model, "--out", out, "--overwrite")[2]
+    (out / "notes.txt").write_text("mine")
+    vision = ["--to", "transformers-vision", "--overwrite"]
+    code, said, err = ov3(capsys, "convert", tiny_model, "--out", out, *vision)
+    assert code == 0 and "left out" in said, err
+    assert (out / "notes.txt").is_file() and not (out / "tokenizer.json").exists()
+    assert type(AutoModel.from_pretrained(out)).__name__ == "OpenVision3VisionModel"
+    own = tmp_path / "own"
+    shutil.copytree(tiny_model, own)
+    assert "no model of this form" in ov3(capsys, "convert", tiny_model, "--out", own, *vision)[2]
+
+    parts = ("decoder.output", "text_model.projection", "text_decoder.norm", "vision_model.vae.decoder.linear")
+    for name, output in zip(parts, ("decoder", "text encoder", "text decoder", "VAE pictures"), strict=True):
+        with monkeypatch.context() as patch:
+            patch.setattr(hf_convert, "to_transformers", lambda *args, name=name: damaged(name, *args))
+            assert f"({output})" in refused(capsys, tmp_path / "out", tiny_model, "--to", "transformers")
+
+
+def damaged(name: str, *args: Any) -> Any:
+    """What `to_transformers` gives, with one weight doubled."""
+    result: Any = to_transformers(*args)
+    result.get_parameter(f"{name}.weight").data.mul_(2)
+    return result
+
+
+def test_a_vae_of_its_own_licence_is_asked_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    source = encoder_model(tmp_path / "source")
+    assert "hub" in refused(capsys, tmp_path / "out", source, "--to", "transformers", "--include-vae")
+    code, said, err = ov3(capsys, "convert", source, "--out", tmp_path / "out", "--to", "transformers")
+    assert code == 0 and "reads latents: no VAE is inside" in said, err
+
+
 def test_onnx_of_any_size_with_the_vae(
     capsys: pytest.CaptureFixture[str], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +169,7 @@ def test_onnx_of_any_size_with_the_vae(
         compare(encoder_outputs(model, images, through_vae=True), exported(images), 1e-4, "onnxruntime")
 
 
+@pytest.mark.slow
 def test_onnx_of_scaled_positions_takes_any_size(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     source = encoder_model(tmp_path / "scaled", positions="scaled")
     assert ov3(capsys, "convert", source, "--out", tmp_path / "onnx", "--to", "onnx")[0] == 0
@@ -122,6 +178,7 @@ def test_onnx_of_scaled_positions_takes_any_size(capsys: pytest.CaptureFixture[s
     compare(encoder_outputs(model, latents), exported(latents), 1e-4, "onnxruntime")
 
 
+@pytest.mark.slow
 def test_onnx_with_an_autoencoder_of_diffusers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Shaped like FLUX.1's, with its attention in the middle; the command compares a grid that is not square."""
     diffusers: Any = importlib.import_module("diffusers")
@@ -240,7 +297,7 @@ def test_another_librarys_encoder_is_refused(capsys: pytest.CaptureFixture[str],
     external = ExternalEncoderConfig(str(clip))
     source = encoder_model(tmp_path / "source", image_size=32, vae=VAEConfig(), external=external)
     capsys.readouterr()  # transformers' progress bar
-    for form in ("folder", "released", "onnx", "onnx-vae"):
+    for form in ("folder", "released", "onnx", "onnx-vae", "transformers"):
         assert "another library's encoder" in refused(capsys, tmp_path / "out", source, "--to", form)
     with pytest.raises(OpenVisionError, match="another library's encoder"):
         open_clip.released_state(OpenVision3.load(source, vae=None))
@@ -250,6 +307,8 @@ def test_another_librarys_encoder_is_refused(capsys: pytest.CaptureFixture[str],
     ("options", "words"),
     [
         (["--to", "onnx", "--dtype", "bf16"], "fp32"),
+        (["--to", "transformers", "--dtype", "bf16"], "from_pretrained"),
+        (["--to", "onnx", "--include-vae"], "--include-vae"),
         (["--to", "released", "--size", "64"], "--size"),
         (["--bin"], "--bin"),
         (["--to", "onnx", "--size", "40"], "multiple of 16"),
@@ -372,7 +431,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("to", ["folder", "released", "onnx"])
+@pytest.mark.parametrize("to", ["folder", "released", "onnx", "transformers"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_released_sources(capsys: pytest.CaptureFixture[str], tmp_path: Path, damage: str, to: str) -> None:
     source = save_released(tmp_path / "source")

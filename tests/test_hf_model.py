@@ -191,12 +191,10 @@ def test_pipelines_on_a_real_picture(folder, ours):
 
 
 def test_saving_refuses_what_it_should(ours, folder, tmp_path):
-    with pytest.raises(OpenVisionError, match="exists already"):
-        hf.save_transformers(ours, folder)
-    hf.save_transformers(ours, folder, overwrite=True)
     (tmp_path / "diary.txt").write_text("dear diary")
-    with pytest.raises(OpenVisionError, match="no model"):
-        hf.save_transformers(ours, tmp_path, overwrite=True)
+    for there in (folder, tmp_path, tmp_path / "diary.txt"):
+        with pytest.raises(OpenVisionError, match="exists already"):
+            hf.save_transformers(ours, there)
     with pytest.raises(OpenVisionError, match=r"tests/tiny-kl \(licence: MIT\): pass include_vae"):
         hf.save_transformers(hf_models.diffusers_model(), tmp_path / "kl")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["diary.txt"]

@@ -1,6 +1,7 @@
-"""`ov3 convert`: a model to another form, verified on the spot: folder, released (open_clip's) layout, ONNX."""
+"""`ov3 convert`: a model to another form, verified on the spot: folder, released layout, ONNX, transformers."""
 
 import contextlib
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,19 +20,34 @@ if TYPE_CHECKING:
     from openvision3.hub.verify import Difference
     from openvision3.model.openvision3 import OpenVision3
 
-Target = Literal["folder", "released", "onnx", "onnx-vae"]
+Target = Literal["folder", "released", "onnx", "onnx-vae", "transformers", "transformers-vision"]
 Dtype = Literal["fp32", "bf16", "fp16"]
+WantedVAE = Literal["any", "embedded", "inside"]  # "inside": that of the source's folder alone
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 PICKLES = ("*.bin", "*.pt", "*.pth")
 TOLERANCES: dict[Dtype, float] = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}  # below fp32, it is the rounding of weights
 ONNX_TOLERANCE = 1e-4
+_TRANSFORMERS = (
+    "configuration_openvision3.py",
+    "modeling_openvision3.py",
+    "image_processing_openvision3.py",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "model.safetensors",
+    "README.md",
+    "config.json",
+)
 # the files of each form, in the order in which they are put in place; without the last there is no model
 FILES: dict[Target, tuple[str, ...]] = {
     "folder": ("model.safetensors", "tokenizer.json", "README.md", "config.json"),
     "released": ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "README.md", "open_clip_config.json"),
     "onnx": ("model.onnx.data", "README.md", "model.onnx"),
     "onnx-vae": ("model.onnx.data", "README.md", "model.onnx"),
+    "transformers": _TRANSFORMERS,
+    "transformers-vision": _TRANSFORMERS,
 }
 
 
@@ -43,14 +59,33 @@ class Options:
     dtype: Dtype
     size: int | None
     pickle: bool
+    include_vae: bool
 
     def __post_init__(self) -> None:
         if self.to.startswith("onnx") and self.dtype != "fp32":
             raise OpenVisionError(f"ONNX is written in fp32: leave --dtype {self.dtype} out")
+        if self.for_transformers and self.dtype != "fp32":
+            raise OpenVisionError(
+                f"--to {self.to} is written in fp32: leave --dtype {self.dtype} out, and load it with "
+                "from_pretrained(folder, dtype=...)"
+            )
+        if self.include_vae and not self.for_transformers:
+            raise OpenVisionError("--include-vae is for --to transformers and transformers-vision")
         if self.size is not None and not self.to.startswith("onnx"):
             raise OpenVisionError("--size fixes the pictures' size of --to onnx and onnx-vae; other forms have no such")
         if self.pickle and self.to != "released":
             raise OpenVisionError("--bin is for --to released")
+
+    @property
+    def for_transformers(self) -> bool:
+        return self.to.startswith("transformers")
+
+    @property
+    def vae(self) -> "WantedVAE":
+        """Which VAE has to come along."""
+        if self.to == "onnx-vae" or self.include_vae:
+            return "any"
+        return "embedded" if self.for_transformers else "inside"
 
     @property
     def torch_dtype(self) -> "torch.dtype":
@@ -66,6 +101,7 @@ def convert(
     dtype: Dtype = "fp32",
     size: int | None = None,
     bin: Flag = False,
+    include_vae: Flag = False,
     overwrite: Flag = False,
 ) -> int:
     """Writes a model in another form, after running both on the same input.
@@ -77,18 +113,21 @@ def convert(
         source: a released checkpoint (folder or hub id), or a model folder, also one whose weights are a pickle.
         out: folder to write.
         to: folder: a model folder. released: the encoder in the layout of the released weights, which is open_clip's.
-            onnx: the encoder, latents in. onnx-vae: VAE and encoder, images in.
+            onnx: the encoder, latents in. onnx-vae: VAE and encoder, images in. transformers: every part, as
+            OpenVision3Model. transformers-vision: the encoder, with code that runs where openvision3 is not installed.
         dtype: of the weights on disk, for folder and released.
         size: ONNX: the only size of pictures, pixels (default: any; the model's own where its positions are a table).
         bin: released: also the pickle open_clip_pytorch_model.bin, as the authors published theirs.
+        include_vae: transformers: also the weights of a VAE that has a licence of its own (the embedded one is always
+            in); without them the encoder takes latents.
         overwrite: replace the model in `out`.
     """
     from openvision3.hub.verify import own_encoder
 
-    options = Options(to, dtype, size, bin)
+    options = Options(to, dtype, size, bin, include_vae)
     check_free(out, to, overwrite)
     with tempfile.TemporaryDirectory(prefix="ov3-convert-") as scratch:
-        model, read = load_source(source, Path(scratch), with_vae=to == "onnx-vae")
+        model, read = load_source(source, Path(scratch), options.vae)
         own_encoder(model)
         with staging(out) as stage:
             written = write(model, stage, options)
@@ -102,10 +141,10 @@ def convert(
     return 0
 
 
-def load_source(source: str, scratch: Path, with_vae: bool) -> "tuple[OpenVision3, list[Difference]]":
+def load_source(source: str, scratch: Path, vae: WantedVAE) -> "tuple[OpenVision3, list[Difference]]":
     """The model, fp32 on the CPU, and how it compares with open_clip's tower where that can read the source.
 
-    Its VAE comes along where it is inside, or is needed; others are named in the config and need not be had.
+    Its VAE comes along where it is inside, or wanted; others are named in the config and need not be had.
     """
     import openvision3
     from openvision3.hub.load import model_folder
@@ -114,18 +153,18 @@ def load_source(source: str, scratch: Path, with_vae: bool) -> "tuple[OpenVision
 
     folder = model_folder(source)
     if is_released_folder(folder):
-        model = openvision3.load(folder, vae="auto" if with_vae else None, device="cpu")
+        model = openvision3.load(folder, vae="auto" if vae == "any" else None, device="cpu")
         check = _through_open_clip(folder, model, TOLERANCES["fp32"], "open_clip's tower, of the source")
         return model, [check] if check else []
     weights = pickled_weights(folder, WEIGHTS)
     if weights is None:
-        return openvision3.load(folder, vae="auto" if with_vae else _vae_inside(folder), device="cpu"), []
+        return openvision3.load(folder, vae=_vae(folder, vae), device="cpu"), []
     write_safetensors(read_state(weights), scratch / WEIGHTS)
     for extra in (CONFIG, TOKENIZER):
         if (folder / extra).is_file():
             shutil.copyfile(folder / extra, scratch / extra)
     try:
-        return openvision3.load(scratch, vae="auto" if with_vae else _vae_inside(scratch), device="cpu"), []
+        return openvision3.load(scratch, vae=_vae(scratch, vae), device="cpu"), []
     except OpenVisionError as error:  # which names the scratch copies
         named = str(error).replace(str(scratch / WEIGHTS), str(weights)).replace(str(scratch), str(folder))
         raise OpenVisionError(named) from None
@@ -136,6 +175,17 @@ def write(model: "OpenVision3", stage: Path, options: Options) -> str:
     if options.to == "folder":
         model.save(stage, dtype=options.torch_dtype)
         return f"{', '.join(f'{part} {count:,}' for part, count in model.num_parameters().items())} parameters"
+    if options.for_transformers:
+        from transformers.utils import logging
+
+        from openvision3.hub.hf import save_transformers
+
+        logging.disable_progress_bar()
+        vision = options.to == "transformers-vision"
+        save_transformers(model, stage, vision_only=vision, include_vae=options.include_vae)
+        kind = json.loads((stage / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+        reads = "pictures" if model.vae is not None or model.config.input == "pixels" else "latents: no VAE is inside"
+        return f"{kind}, reads {reads}"
     if options.to == "released":
         from openvision3.hub.open_clip import released_state, save_released
 
@@ -156,8 +206,16 @@ def verify(model: "OpenVision3", stage: Path, options: Options) -> "Difference":
     from openvision3.hub import verify as v
 
     if options.to == "folder":
-        again = openvision3.load(stage, vae=_vae_inside(stage), device="cpu")
+        again = openvision3.load(stage, vae=_vae(stage, "inside"), device="cpu")
         return v.compare(v.all_outputs(model), v.all_outputs(again), TOLERANCES[options.dtype], "openvision3")
+    if options.for_transformers:
+        from openvision3.hub.hf.convert import transformers_outputs
+
+        gone = {"VAE pictures"} if model.config.decoder is None else set()  # nothing there decodes
+        if options.to == "transformers-vision":
+            gone = {"decoder", "text encoder", "text decoder", "VAE pictures"}
+        expected = {name: tensor for name, tensor in v.all_outputs(model).items() if name not in gone}
+        return v.compare(expected, transformers_outputs(stage, model.config), TOLERANCES["fp32"], "transformers")
     if options.to == "released":
         if difference := _through_open_clip(stage, model, TOLERANCES[options.dtype], "open_clip's tower"):
             return difference
@@ -182,14 +240,14 @@ def verify(model: "OpenVision3", stage: Path, options: Options) -> "Difference":
 
 def left_out(model: "OpenVision3", to: Target) -> list[str]:
     """The model's parts that the form has no place for."""
-    if to == "folder":
+    if to in ("folder", "transformers"):
         return []
     config = model.config
     parts = {
         "decoder": config.decoder,
         "text encoder": config.text_encoder,
         "text decoder": config.text_decoder,
-        "VAE": model.vae if to != "onnx-vae" else None,
+        "VAE": model.vae if to in ("released", "onnx") else None,
     }
     return [name for name, part in parts.items() if part is not None]
 
@@ -202,8 +260,18 @@ def check_free(out: Path, to: Target, overwrite: bool) -> None:
     if names and not overwrite:
         raise OpenVisionError(f"{out} exists already; choose another folder or pass --overwrite")
     marks = {files[-1] for files in FILES.values()} & names
+    if "config.json" in marks and _of_transformers(out / "config.json") != to.startswith("transformers"):
+        marks = set()
     if names and marks != {FILES[to][-1]} and not names <= set(FILES[to]):
         raise OpenVisionError(f"{out} holds something that is no model of this form; choose another folder")
+
+
+def _of_transformers(config: Path) -> bool:
+    """Whether a config.json is one of `save_transformers`, and not a model folder's or another library's."""
+    try:
+        return str(json.loads(config.read_text(encoding="utf-8")).get("model_type")).startswith("openvision3")
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 @contextlib.contextmanager
@@ -271,10 +339,17 @@ def write_safetensors(state: "dict[str, Tensor]", path: Path) -> None:
     save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, path)
 
 
-def _vae_inside(folder: Path) -> Literal["auto"] | None:
+def _vae(folder: Path, wanted: WantedVAE) -> Literal["auto"] | None:
+    """How a model folder is to be loaded for that VAE to come along."""
     from openvision3.model.folder import CONFIG, read_description
 
-    return "auto" if (folder / CONFIG).is_file() and read_description(folder)[1] is not None else None
+    if wanted == "any":
+        return "auto"
+    if not (folder / CONFIG).is_file():
+        return None
+    config, architecture = read_description(folder)
+    embedded = wanted == "embedded" and config.input == "latents" and config.vae.kind == "tiny"
+    return "auto" if embedded or architecture is not None else None
 
 
 def _through_open_clip(folder: Path, model: "OpenVision3", tolerance: float, through: str) -> "Difference | None":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openvision3.config import ModelConfig, OpenVisionError
+from openvision3.config import ModelConfig, OpenVisionError, TextDecoderConfig, TextEncoderConfig
 from openvision3.model.encoder import VisionEncoder
 from openvision3.model.openvision3 import OpenVision3
 
@@ -47,6 +47,14 @@ def random_inputs(config: ModelConfig, grid: tuple[int, int], batch: int, images
     return torch.randn(batch, config.in_channels, height, width, generator=rng)
 
 
+def random_ids(config: TextEncoderConfig | TextDecoderConfig | None) -> Tensor:
+    """Seeded ids (2, L) of a text tower's full length, none of them padding."""
+    assert config is not None
+    rng = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (2, config.context_length), generator=rng)
+    return torch.where(ids == config.pad_id, (config.pad_id + 1) % config.vocab_size, ids)
+
+
 def native_grid(config: ModelConfig) -> tuple[int, int]:
     """Token grid of a square picture of the model's own size."""
     side = config.image_size // config.downsampling
@@ -67,16 +75,10 @@ def all_outputs(model: OpenVision3) -> dict[str, Tensor]:
     found = encoder_outputs(model, random_inputs(config, grid, batch=2))
     if model.decoder is not None:
         found["decoder"] = model.decoder(found["tokens"], grid)
-    if model.text_encoder is not None and config.text_encoder is not None:
-        ids = _random_ids(
-            config.text_encoder.vocab_size, config.text_encoder.pad_id, config.text_encoder.context_length
-        )
-        found["text encoder"] = model.text_encoder(ids)
-    if model.text_decoder is not None and config.text_decoder is not None:
-        ids = _random_ids(
-            config.text_decoder.vocab_size, config.text_decoder.pad_id, config.text_decoder.context_length
-        )
-        found["text decoder"] = model.text_decoder(found["tokens"], ids)
+    if model.text_encoder is not None:
+        found["text encoder"] = model.text_encoder(random_ids(config.text_encoder))
+    if model.text_decoder is not None:
+        found["text decoder"] = model.text_decoder(found["tokens"], random_ids(config.text_decoder))
     if model.vae is not None:
         latents = model.vae.encode(random_inputs(config, grid, batch=1, images=True))
         found |= {"VAE latents": latents, "VAE pictures": model.vae.decode(latents)}
@@ -118,8 +120,3 @@ def compare_each(
     """`compare` over several inputs: the worst of them."""
     found = [compare(source(inputs), converted(inputs), tolerance, through) for inputs in cases]
     return max(found, key=lambda difference: difference.value / difference.bound)
-
-
-def _random_ids(vocab_size: int, pad_id: int, length: int) -> Tensor:
-    ids = torch.randint(vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    return torch.where(ids == pad_id, (pad_id + 1) % vocab_size, ids)

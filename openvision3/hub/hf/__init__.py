@@ -58,6 +58,7 @@ AutoModel.register(OpenVision3TextConfig, OpenVision3TextModel)
 AutoModel.register(OpenVision3Config, OpenVision3Model)
 AutoModelForZeroShotImageClassification.register(OpenVision3Config, OpenVision3Model)
 for _config in (OpenVision3VisionConfig, OpenVision3Config):
-    AutoImageProcessor.register(_config, image_processor_classes={"pil": OpenVision3ImageProcessor})
+    _backends: dict[str, type] = {"torchvision": OpenVision3ImageProcessor, "pil": OpenVision3ImageProcessor}  # the one
+    AutoImageProcessor.register(_config, image_processor_classes=_backends)
 AutoTokenizer.register(OpenVision3Config, OpenVision3Tokenizer)
 AutoProcessor.register(OpenVision3Config, OpenVision3Processor)

@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import AutoModel, PreTrainedModel
 
-from openvision3.config import OpenVisionError, TransformerConfig, VAEConfig, to_dict
+from openvision3.config import ModelConfig, OpenVisionError, TransformerConfig, VAEConfig, to_dict
 from openvision3.hub.hf.config import OpenVision3Config, OpenVision3TextConfig
 from openvision3.hub.hf.model import OpenVision3Model
 from openvision3.hub.hf.processing import OpenVision3Processor, OpenVision3Tokenizer
 from openvision3.hub.hf.standalone.configuration_openvision3 import OpenVision3VAEConfig, OpenVision3VisionConfig
 from openvision3.hub.hf.standalone.image_processing_openvision3 import OpenVision3ImageProcessor
 from openvision3.hub.hf.standalone.modeling_openvision3 import OpenVision3VisionModel
-from openvision3.hub.verify import own_encoder
+from openvision3.hub.verify import native_grid, own_encoder, random_ids, random_inputs
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.vae import TinyVAE
 
@@ -60,14 +61,15 @@ def save_transformers(
     *,
     vision_only: bool = False,
     include_vae: bool = False,
-    overwrite: bool = False,
 ) -> None:
-    """Writes a folder that transformers loads: weights, configs and processor, whole or not at all.
+    """Writes a folder, not there yet or empty, that transformers loads: weights, configs and processor.
+
+    It appears whole or not at all. `ov3 convert --to transformers` does the same, compares both, and can overwrite.
 
     A vision encoder's folder holds its code too, for `trust_remote_code=True` where openvision3 is not installed. The
     embedded tiny VAE is always inside; any other, whose weights have a licence of their own, only with `include_vae`.
     Raises `OpenVisionError` without it (a model loaded with `vae=None` takes latents and needs none), and for a folder
-    that exists, unless `overwrite` and it holds a model of transformers.
+    that holds something.
     """
     folder = Path(folder)
     if model.vae is not None and not isinstance(model.vae, TinyVAE) and not include_vae:
@@ -77,10 +79,7 @@ def save_transformers(
             "or load the model with vae=None for an encoder of latents"
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not overwrite:
-            raise OpenVisionError(f"{folder} exists already; choose another folder or pass overwrite")
-        if not (folder / "config.json").is_file():
-            raise OpenVisionError(f"{folder} holds something that is no model; choose another folder")
+        raise OpenVisionError(f"{folder} exists already; choose another folder")
     result = to_transformers(model, vision_only)
     processor: Any = processor_for(model)
     if isinstance(result, OpenVision3VisionModel) and isinstance(processor, OpenVision3Processor):
@@ -91,9 +90,34 @@ def save_transformers(
         result.save_pretrained(whole)
         processor.save_pretrained(whole)
         (whole / "README.md").write_text(_card(model, result), encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
+        for path in whole.iterdir():
+            shutil.copymode(whole / "README.md", path)  # safetensors' files may be read by their owner alone
         whole.replace(folder)
+
+
+@torch.no_grad()
+def transformers_outputs(folder: str | Path, config: ModelConfig) -> dict[str, Tensor]:
+    """What the parts in a folder of `save_transformers` give, loaded by transformers' Auto class, under the names of
+    `hub.verify.all_outputs` and for the same inputs; `config` is that of openvision3's model.
+    """
+    result: Any = AutoModel.from_pretrained(folder)
+    vision = result.vision_model if isinstance(result, OpenVision3Model) else result
+    grid = native_grid(config)
+    output = vision(**{"pixel_values" if config.input == "pixels" else "latents": random_inputs(config, grid, batch=2)})
+    tokens = output.last_hidden_state
+    found = {"tokens": tokens, "pooled": output.pooler_output}
+    if isinstance(result, OpenVision3Model):
+        if result.decoder is not None:
+            found["decoder"] = result.decoder(tokens, grid)
+        if result.text_model is not None:
+            found["text encoder"] = result.get_text_features(random_ids(config.text_encoder)).pooler_output
+        if result.text_decoder is not None:
+            found["text decoder"] = result.text_decoder(tokens, random_ids(config.text_decoder))
+    if vision.vae is not None:
+        found["VAE latents"] = vision.vae.encode(random_inputs(config, grid, batch=1, images=True))
+        if vision.config.vae.include_decoder:
+            found["VAE pictures"] = vision.vae.decode(found["VAE latents"])
+    return found
 
 
 def _vision_config(model: OpenVision3, include_vae_decoder: bool) -> OpenVision3VisionConfig:
