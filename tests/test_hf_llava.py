@@ -15,6 +15,7 @@ from transformers import (
     LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    pipeline,
 )
 
 import openvision3.hub.hf as hf
@@ -114,6 +115,9 @@ def test_llava(ours, tokenizer, tmp_path):
     text = tokenizer.batch_decode(ids)
     assert "and a sailboat" in text[0]
     assert tokenizer.batch_decode(generated(again, batch_again)) == text
+    chat = pipeline("image-text-to-text", model=again, processor=loaded)
+    said = chat(images=hf_models.picture(), text="<image> a panda", generate_kwargs={"max_new_tokens": 3})
+    assert "and a sailboat" in said[0]["generated_text"]
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
 
