@@ -167,7 +167,7 @@ def test_image_processor_takes_other_pictures_and_refuses_other_crops():
         processor(clear, crop_size={"height": 30, "width": 32})
 
 
-def test_pipelines_on_a_real_picture(folder, ours):
+def test_pipelines_on_a_real_picture(folder, ours, tmp_path):
     image = hf_models.picture()
     pixels = ov3.preprocess(image, 32)[None]
     features = pipeline(
@@ -183,6 +183,9 @@ def test_pipelines_on_a_real_picture(folder, ours):
     torch.testing.assert_close(torch.tensor(features(image)), tokens, atol=1e-4, rtol=0)
     pooled = torch.tensor(features(image, pool=True))
     torch.testing.assert_close(pooled, ours.pool(tokens, normalize=False), atol=1e-4, rtol=0)
+    hf.save_transformers(ours, tmp_path / "vision", vision_only=True)
+    of_folder = pipeline("image-feature-extraction", model=str(tmp_path / "vision"), trust_remote_code=False)
+    assert of_folder(image) == features(image)
     zero_shot = pipeline("zero-shot-image-classification", model=str(folder))
     found = zero_shot(image, candidate_labels=["sea", "hill"], hypothesis_template="a {}")
     scores = {answer["label"]: answer["score"] for answer in found}
