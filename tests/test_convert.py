@@ -107,8 +107,9 @@ def test_the_golden_checkpoint_in_transformers(capsys: pytest.CaptureFixture[str
     code, said, err = ov3(capsys, "convert", GOLDEN, "--out", out, "--to", to)
     assert code == 0 and not err, err
     assert "OpenVision3VisionModel, reads latents" in said and "through transformers" in said
+    model: Any = AutoModel.from_pretrained(out)
     with torch.no_grad():
-        output = AutoModel.from_pretrained(out)(latents=EXPECTED["latents"])
+        output = model(latents=EXPECTED["latents"])
     assert golden_difference({"tokens": output.last_hidden_state, "pooled": output.pooler_output}) <= 1e-5
 
 
@@ -120,7 +121,8 @@ def test_a_whole_model_in_transformers(
     code, said, err = ov3(capsys, "convert", tiny_model, "--out", out, "--to", "transformers")
     assert code == 0, err
     assert "OpenVision3Model, reads pictures" in said and "left out" not in said
-    assert AutoProcessor.from_pretrained(out).tokenizer.model_max_length == 16
+    processor: Any = AutoProcessor.from_pretrained(out)
+    assert processor.tokenizer.model_max_length == 16
     assert "no model of this form" in ov3(capsys, "convert", tiny_model, "--out", out, "--overwrite")[2]
     (out / "notes.txt").write_text("mine")
     vision = ["--to", "transformers-vision", "--overwrite"]

@@ -115,7 +115,7 @@ def test_llava(ours, tokenizer, tmp_path):
     text = tokenizer.batch_decode(ids)
     assert "and a sailboat" in text[0]
     assert tokenizer.batch_decode(generated(again, batch_again)) == text
-    chat = pipeline("image-text-to-text", model=again, processor=loaded)
+    chat: Any = pipeline("image-text-to-text", model=again, processor=loaded)
     said = chat(images=hf_models.picture(), text="<image> a panda", generate_kwargs={"max_new_tokens": 3})
     assert "and a sailboat" in said[0]["generated_text"]
     for name, tensor in model.state_dict().items():

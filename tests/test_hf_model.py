@@ -184,7 +184,7 @@ def test_pipelines_on_a_real_picture(folder, ours, tmp_path):
     pooled = torch.tensor(features(image, pool=True))
     torch.testing.assert_close(pooled, ours.pool(tokens, normalize=False), atol=1e-4, rtol=0)
     hf.save_transformers(ours, tmp_path / "vision", vision_only=True)
-    of_folder = pipeline("image-feature-extraction", model=str(tmp_path / "vision"), trust_remote_code=False)
+    of_folder: Any = pipeline("image-feature-extraction", model=str(tmp_path / "vision"), trust_remote_code=False)
     assert of_folder(image) == features(image)
     zero_shot = pipeline("zero-shot-image-classification", model=str(folder))
     found = zero_shot(image, candidate_labels=["sea", "hill"], hypothesis_template="a {}")

@@ -260,9 +260,8 @@ def check_free(out: Path, to: Target, overwrite: bool) -> None:
     if names and not overwrite:
         raise OpenVisionError(f"{out} exists already; choose another folder or pass --overwrite")
     marks = {files[-1] for files in FILES.values()} & names
-    if "config.json" in marks and _of_transformers(out / "config.json") != to.startswith("transformers"):
-        marks = set()
-    if names and marks != {FILES[to][-1]} and not names <= set(FILES[to]):
+    other = "config.json" in marks and _of_transformers(out / "config.json") != to.startswith("transformers")
+    if names and (other or (marks != {FILES[to][-1]} and not names <= set(FILES[to]))):
         raise OpenVisionError(f"{out} holds something that is no model of this form; choose another folder")
 
 
