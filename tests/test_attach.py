@@ -263,6 +263,13 @@ def test_new_parts_are_random_and_alone_are_trained(tmp_path: Path, init: Path) 
     assert not model.encoder.projection.training and model.encoder.training
 
 
+def test_another_librarys_encoder_is_no_start_of_a_recipe_with_its_own(tmp_path: Path) -> None:
+    clip = save_transformers(tmp_path / "clip", "clip")
+    config = tiny_config(tmp_path / "run", make_vae(tmp_path / "vae"), init=str(clip))
+    with pytest.raises(OpenVisionError, match="another library's encoder.*attach_decoder --init MODEL"):
+        setup.build_model(config, torch.device("cpu"))
+
+
 def test_losses_of_frozen_parts_alone_are_left_out() -> None:
     config = tiny_model(vae=ModelConfig().vae)
     table = [

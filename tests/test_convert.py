@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from encoder_folders import GOLDEN, save_released, save_transformers
+from encoder_folders import GOLDEN, OPEN_CLIP_VIT, save_open_clip, save_released, save_transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor
@@ -394,6 +394,49 @@ def test_nothing_of_value_is_overwritten(capsys: pytest.CaptureFixture[str], tmp
     }  # no stale .bin beside new weights
     (tmp_path / "file").touch()
     assert "is a file" in ov3(capsys, "convert", GOLDEN, "--out", tmp_path / "file" / "out")[2]
+
+
+def test_another_librarys_folders_are_not_overwritten(
+    capsys: pytest.CaptureFixture[str], tiny_model: Path, tmp_path: Path
+) -> None:
+    """Nor a run's, nor a model of another form, whatever their files are called."""
+    clip, own = save_transformers(tmp_path / "clip", "clip"), tmp_path / "own"
+    open_clip_folder = save_open_clip(tmp_path / "open_clip", OPEN_CLIP_VIT)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text('{"recipe": "demo"}')
+    shutil.copytree(tiny_model, own)
+    (own / "README.md").unlink()
+    taken = [(clip, "folder"), (clip, "transformers"), (open_clip_folder, "released"), (run, "folder")]
+    for out, to in [*taken, (own, "transformers")]:
+        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        line = ov3(capsys, "convert", tiny_model, "--out", out, "--to", to, "--overwrite")[2]
+        assert "no model of this form" in line, (out, to)
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_what_comes_during_the_work_is_not_overwritten(
+    capsys: pytest.CaptureFixture[str], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, write = tmp_path / "out", command.write
+
+    def write_slowly(*args: Any) -> str:
+        out.mkdir()
+        (out / "config.json").write_text("mine")
+        return write(*args)
+
+    monkeypatch.setattr(command, "write", write_slowly)
+    assert "exists already" in ov3(capsys, "convert", tiny_model, "--out", out)[2]
+    assert [path.name for path in out.iterdir()] == ["config.json"]
+
+
+def test_no_file_that_was_written_is_left_behind(tmp_path: Path) -> None:
+    stage = tmp_path / "stage"
+    stage.mkdir()
+    for name in ("README.md", "config.json", "merges.txt"):
+        (stage / name).touch()
+    with pytest.raises(AssertionError):
+        command.install(stage, tmp_path / "out", command.FILES["transformers"])
 
 
 def change_state(folder: Path, change: Any) -> None:

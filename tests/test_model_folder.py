@@ -233,6 +233,11 @@ def test_nothing_is_overwritten_unasked(model, folder, tmp_path):
     (tmp_path / "other" / "thesis.txt").write_text("years of work")
     with pytest.raises(OpenVisionError, match="no model"):
         model.save(tmp_path / "other", overwrite=True)
+    (tmp_path / "other" / "thesis.txt").rename(tmp_path / "other" / "model.safetensors")
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(OpenVisionError, match="no model"):
+        model.save(tmp_path / "other", overwrite=True)
+    assert (tmp_path / "other" / "model.safetensors").read_text() == "years of work"
 
 
 def break_weights(folder, change):

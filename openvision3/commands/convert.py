@@ -132,6 +132,7 @@ def convert(
         with staging(out) as stage:
             written = write(model, stage, options)
             checks = [*read, verify(model, stage, options)]
+            check_free(out, to, overwrite)  # again: all this took a while
             install(stage, out, FILES[to])
     print(f"{out}: {written}")
     if missing := left_out(model, to):
@@ -260,17 +261,24 @@ def check_free(out: Path, to: Target, overwrite: bool) -> None:
     if names and not overwrite:
         raise OpenVisionError(f"{out} exists already; choose another folder or pass --overwrite")
     marks = {files[-1] for files in FILES.values()} & names
-    if "config.json" in marks and _of_transformers(out / "config.json") != to.startswith("transformers"):
-        marks = set()
-    if names and marks != {FILES[to][-1]} and not names <= set(FILES[to]):
+    replaceable = marks == {FILES[to][-1]} and _is_ours(out, to)
+    broken_off = names <= set(FILES[to][:-1])
+    if names and not replaceable and not broken_off:
         raise OpenVisionError(f"{out} holds something that is no model of this form; choose another folder")
 
 
-def _of_transformers(config: Path) -> bool:
-    """Whether a config.json is one of `save_transformers`, and not a model folder's or another library's."""
+def _is_ours(folder: Path, to: Target) -> bool:
+    """Whether the file that marks a model of that form is of one, and not another library's or a run's."""
+    from openvision3.hub.encoders import encoder_kind
+
+    if to.startswith("onnx"):
+        return True
     try:
-        return str(json.loads(config.read_text(encoding="utf-8")).get("model_type")).startswith("openvision3")
-    except (OSError, ValueError, AttributeError):
+        if to.startswith("transformers"):
+            config = json.loads((folder / FILES[to][-1]).read_text(encoding="utf-8"))
+            return str(config.get("model_type")).startswith("openvision3")
+        return encoder_kind(folder) == "openvision3"
+    except (OpenVisionError, OSError, ValueError, AttributeError):
         return False
 
 
@@ -288,6 +296,7 @@ def staging(out: Path) -> Iterator[Path]:
 
 def install(stage: Path, out: Path, files: tuple[str, ...]) -> None:
     """Moves what is in `stage` to `out`: by one rename where nothing is there, else file by file, the mark last."""
+    assert {path.name for path in stage.iterdir()} <= set(files)
     for path in stage.iterdir():
         shutil.copymode(stage / "README.md", path)  # safetensors' files may be read by their owner alone
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -169,8 +169,16 @@ def _check_free(folder: Path, overwrite: bool) -> None:
     names = {path.name for path in folder.iterdir() if path.suffix != ".tmp"} if folder.is_dir() else {""}
     if names and not overwrite:
         raise OpenVisionError(f"{folder} exists already; choose another folder or pass overwrite")
-    if names and WEIGHTS not in names and not names <= {CONFIG, TOKENIZER, CARD}:
+    if names and not _is_model(folder) and not names <= {WEIGHTS, TOKENIZER, CARD}:
         raise OpenVisionError(f"{folder} holds something that is no model; choose another folder")
+
+
+def _is_model(folder: Path) -> bool:
+    try:
+        read_description(folder)
+    except (OpenVisionError, OSError):
+        return False
+    return True
 
 
 def _check_shapes(path: Path, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:

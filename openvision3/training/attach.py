@@ -52,10 +52,16 @@ def attached(config: TrainConfig) -> TrainConfig:
 def load_initial(config: TrainConfig) -> OpenVision3 | None:
     """The model whose weights `config.init` gives to all parts that are not attached; None for CLIP or SigLIP.
 
-    It has its VAE where parts are attached, its folder holds the VAE and the run has no other.
+    It has its VAE where parts are attached, its folder holds the VAE and the run has no other. Raises
+    `OpenVisionError` for CLIP or SigLIP where the recipe's model has an encoder of its own.
     """
     folder = encoder_folder(config.init)
     if encoder_kind(folder) != "openvision3":
+        if config.model.external is None:
+            raise OpenVisionError(
+                f"init: {config.init} is another library's encoder, and recipe {config.recipe} trains its own; "
+                "`ov3 train attach_decoder --init MODEL` or attach_text gives new parts to such a one"
+            )
         return None
     packed = False
     if not is_released_folder(folder):
