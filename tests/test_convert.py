@@ -464,8 +464,9 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "shape": (lambda f: change_state(f, lambda s: s | {"proj": torch.zeros(64, 47)}), "(47, 64)"),
     "integers": (lambda f: change_state(f, lambda s: s | {"proj": torch.zeros(64, 48).long()}), "torch.int64"),
     "not finite": (lambda f: change_state(f, lambda s: s | {"proj": torch.full((64, 48), torch.nan)}), "not finite"),
-    "no JSON": (lambda f: (f / CONFIG).write_text('{"model_cfg": '), "does not describe"),
-    "nested": (lambda f: (f / CONFIG).write_text("[" * 200_000), "does not describe"),
+    "no JSON": (lambda f: (f / CONFIG).write_text('{"model_cfg": '), "not valid JSON"),
+    "nested": (lambda f: (f / CONFIG).write_text("[" * 200_000), "not valid JSON"),
+    "unbounded": (lambda f: change_state(f, lambda s: s | {"proj": torch.zeros(()).expand(2**19, 2**18)}), "proj"),
     "endless": (
         lambda f: (f / CONFIG).write_text((f / CONFIG).read_text().replace("64", "1e999")),
         "does not describe",
@@ -493,6 +494,11 @@ OWN_DAMAGES: dict[str, tuple[Any, str]] = {
     "missing": (lambda f, s: pickled(f, {k: v for k, v in s.items() if k != "logit_scale"}), "weights.bin lacks logit"),
     "extra": (lambda f, s: pickled(f, s | {"more": torch.ones(1)}), "weights.bin holds more"),
     "shape": (lambda f, s: pickled(f, s | {"encoder.class_token": torch.ones(31)}), "weights.bin: encoder.class_token"),
+    "unbounded": (
+        lambda f, s: pickled(f, s | {"logit_scale": torch.zeros(()).expand(2**19, 2**18)}),
+        "does not hold all the numbers of logit_scale",
+    ),
+    "sparse": (lambda f, s: pickled(f, s | {"logit_scale": torch.eye(3).to_sparse()}), "weights.bin is refused"),
     "no JSON": (lambda f, s: (f / "config.json").write_text("{"), "config.json"),
     "misspelt": (lambda f, s: (f / "config.json").write_text('{"format_version": 1, "model": {"widht": 1}}'), "widht"),
 }

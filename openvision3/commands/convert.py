@@ -327,6 +327,8 @@ def read_state(path: Path) -> "dict[str, Tensor]":
     """
     import torch
 
+    from openvision3.hub.released import check_tensors
+
     try:
         with path.open("rb") as file:  # by its content: torch chooses the reader of a path by its name
             state = torch.load(file, map_location="cpu", weights_only=True)
@@ -336,8 +338,7 @@ def read_state(path: Path) -> "dict[str, Tensor]":
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise OpenVisionError(f"{path} is refused: it is not a plain table of tensors")
+    check_tensors(path, state)
     return state
 
 
