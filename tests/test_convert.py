@@ -132,25 +132,57 @@ def test_a_whole_model_in_transformers(
     shutil.copytree(tiny_model, own)
     assert "no model of this form" in ov3(capsys, "convert", tiny_model, "--out", own, *vision)[2]
 
-    parts = ("decoder.output", "text_model.projection", "text_decoder.norm", "vision_model.vae.decoder.linear")
-    for name, output in zip(parts, ("decoder", "text encoder", "text decoder", "VAE pictures"), strict=True):
+    parts = {
+        "decoder.output.weight": "decoder",
+        "token_rms": "token rms",
+        "text_model.projection.weight": "text encoder",
+        "logit_scale": "temperature",
+        "text_decoder.norm.weight": "text decoder",
+        "vision_model.vae.decoder.linear.weight": "VAE pictures",
+    }
+    for name, output in parts.items():
         with monkeypatch.context() as patch:
             patch.setattr(hf_convert, "to_transformers", lambda *args, name=name: damaged(name, *args))
             assert f"({output})" in refused(capsys, tmp_path / "out", tiny_model, "--to", "transformers")
+    with monkeypatch.context() as patch:  # the padding is attended to
+        patch.setattr(hf_convert, "to_transformers", lambda *args: damaged("", *args))
+        assert "(text encoder)" in refused(capsys, tmp_path / "out", tiny_model, "--to", "transformers")
 
 
 def damaged(name: str, *args: Any) -> Any:
-    """What `to_transformers` gives, with one weight doubled."""
+    """What `to_transformers` gives, with one tensor doubled, or else another padding."""
     result: Any = to_transformers(*args)
-    result.get_parameter(f"{name}.weight").data.mul_(2)
+    if name:
+        result.state_dict()[name].mul_(2)
+    else:
+        result.config.text_config.pad_token_id += 1
     return result
 
 
-def test_a_vae_of_its_own_licence_is_asked_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_vae_of_its_own_licence_is_asked_for(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/nonexistent")
     source = encoder_model(tmp_path / "source")
     assert "hub" in refused(capsys, tmp_path / "out", source, "--to", "transformers", "--include-vae")
     code, said, err = ov3(capsys, "convert", source, "--out", tmp_path / "out", "--to", "transformers")
     assert code == 0 and "reads latents: no VAE is inside" in said, err
+    source = on_a_small_autoencoder(tmp_path)
+    code, said, err = ov3(
+        capsys, "convert", source, "--out", tmp_path / "with", "--to", "transformers", "--include-vae"
+    )
+    assert code == 0 and "reads pictures" in said, err
+
+
+def test_the_embedded_vae_comes_along_from_a_released_folder(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    source = encoder_model(tmp_path / "own", vae=VAEConfig())
+    assert ov3(capsys, "convert", source, "--out", tmp_path / "released", "--to", "released")[0] == 0
+    out = tmp_path / "transformers"
+    code, said, err = ov3(capsys, "convert", tmp_path / "released", "--out", out, "--to", "transformers")
+    assert code == 0 and "reads pictures" in said, err
 
 
 def test_onnx_of_any_size_with_the_vae(
@@ -180,7 +212,15 @@ def test_onnx_of_scaled_positions_takes_any_size(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.slow
 def test_onnx_with_an_autoencoder_of_diffusers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Shaped like FLUX.1's, with its attention in the middle; the command compares a grid that is not square."""
+    """With attention in its middle; the command compares a grid that is not square."""
+    source = on_a_small_autoencoder(tmp_path)
+    code, out, err = ov3(capsys, "convert", source, "--out", tmp_path / "onnx", "--to", "onnx-vae")
+    assert code == 0, err
+    assert "pictures of any size" in out and "left out" not in out
+
+
+def on_a_small_autoencoder(tmp_path: Path) -> Path:
+    """An encoder alone on an autoencoder of diffusers shaped like FLUX.1's, both in folders."""
     diffusers: Any = importlib.import_module("diffusers")
     torch.manual_seed(0)
     diffusers.AutoencoderKL(
@@ -194,10 +234,7 @@ def test_onnx_with_an_autoencoder_of_diffusers(capsys: pytest.CaptureFixture[str
         use_post_quant_conv=False,
     ).save_pretrained(tmp_path / "vae")
     vae = dataclasses.replace(read_config(str(tmp_path / "vae")), latent_shift=0.1159)
-    source = encoder_model(tmp_path / "own", vae=vae, in_channels=4, encoder=TransformerConfig(32, 1, 2))
-    code, out, err = ov3(capsys, "convert", source, "--out", tmp_path / "onnx", "--to", "onnx-vae")
-    assert code == 0, err
-    assert "pictures of any size" in out and "left out" not in out
+    return encoder_model(tmp_path / "own", vae=vae, in_channels=4, encoder=TransformerConfig(32, 1, 2))
 
 
 def test_what_the_released_layout_has_no_place_for(
@@ -351,7 +388,9 @@ def test_every_part_of_a_model_folder_is_compared(
 ) -> None:
     parts = {
         "decoder.output.weight": "decoder",
+        "token_rms": "token rms",
         "text_encoder.projection.weight": "text encoder",
+        "logit_scale": "temperature",
         "text_decoder.norm.weight": "text decoder",
         "vae.encoder.linear.weight": "VAE latents",
         "vae.decoder.linear.weight": "VAE pictures",

@@ -154,7 +154,7 @@ def load_source(source: str, scratch: Path, vae: WantedVAE) -> "tuple[OpenVision
 
     folder = model_folder(source)
     if is_released_folder(folder):
-        model = openvision3.load(folder, vae="auto" if vae == "any" else None, device="cpu")
+        model = openvision3.load(folder, vae=_vae(folder, vae), device="cpu")
         check = _through_open_clip(folder, model, TOLERANCES["fp32"], "open_clip's tower, of the source")
         return model, [check] if check else []
     weights = pickled_weights(folder, WEIGHTS)
@@ -214,7 +214,7 @@ def verify(model: "OpenVision3", stage: Path, options: Options) -> "Difference":
 
         gone = {"VAE pictures"} if model.config.decoder is None else set()  # nothing there decodes
         if options.to == "transformers-vision":
-            gone = {"decoder", "text encoder", "text decoder", "VAE pictures"}
+            gone = {"decoder", "token rms", "text encoder", "temperature", "text decoder", "VAE pictures"}
         expected = {name: tensor for name, tensor in v.all_outputs(model).items() if name not in gone}
         return v.compare(expected, transformers_outputs(stage, model.config), TOLERANCES["fp32"], "transformers")
     if options.to == "released":
@@ -350,16 +350,20 @@ def write_safetensors(state: "dict[str, Tensor]", path: Path) -> None:
 
 
 def _vae(folder: Path, wanted: WantedVAE) -> Literal["auto"] | None:
-    """How a model folder is to be loaded for that VAE to come along."""
+    """How a folder is to be loaded for that VAE to come along."""
+    from openvision3.hub.released import is_released_folder, read_released_config
     from openvision3.model.folder import CONFIG, read_description
 
     if wanted == "any":
         return "auto"
-    if not (folder / CONFIG).is_file():
+    if is_released_folder(folder):
+        config, architecture = read_released_config(folder), None
+    elif (folder / CONFIG).is_file():
+        config, architecture = read_description(folder)
+    else:
         return None
-    config, architecture = read_description(folder)
-    embedded = wanted == "embedded" and config.input == "latents" and config.vae.kind == "tiny"
-    return "auto" if embedded or architecture is not None else None
+    named = config.input == "latents" and (config.vae.kind, config.vae.source) == ("tiny", "embedded")
+    return "auto" if architecture is not None or (wanted == "embedded" and named) else None
 
 
 def _through_open_clip(folder: Path, model: "OpenVision3", tolerance: float, through: str) -> "Difference | None":
