@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from encoder_folders import GOLDEN, save_released, save_transformers
+from encoder_folders import GOLDEN, OPEN_CLIP_VIT, save_open_clip, save_released, save_transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor
@@ -134,25 +134,57 @@ def test_a_whole_model_in_transformers(
     shutil.copytree(tiny_model, own)
     assert "no model of this form" in ov3(capsys, "convert", tiny_model, "--out", own, *vision)[2]
 
-    parts = ("decoder.output", "text_model.projection", "text_decoder.norm", "vision_model.vae.decoder.linear")
-    for name, output in zip(parts, ("decoder", "text encoder", "text decoder", "VAE pictures"), strict=True):
+    parts = {
+        "decoder.output.weight": "decoder",
+        "token_rms": "token rms",
+        "text_model.projection.weight": "text encoder",
+        "logit_scale": "temperature",
+        "text_decoder.norm.weight": "text decoder",
+        "vision_model.vae.decoder.linear.weight": "VAE pictures",
+    }
+    for name, output in parts.items():
         with monkeypatch.context() as patch:
             patch.setattr(hf_convert, "to_transformers", lambda *args, name=name: damaged(name, *args))
             assert f"({output})" in refused(capsys, tmp_path / "out", tiny_model, "--to", "transformers")
+    with monkeypatch.context() as patch:  # the padding is attended to
+        patch.setattr(hf_convert, "to_transformers", lambda *args: damaged("", *args))
+        assert "(text encoder)" in refused(capsys, tmp_path / "out", tiny_model, "--to", "transformers")
 
 
 def damaged(name: str, *args: Any) -> Any:
-    """What `to_transformers` gives, with one weight doubled."""
+    """What `to_transformers` gives, with one tensor doubled, or else another padding."""
     result: Any = to_transformers(*args)
-    result.get_parameter(f"{name}.weight").data.mul_(2)
+    if name:
+        result.state_dict()[name].mul_(2)
+    else:
+        result.config.text_config.pad_token_id += 1
     return result
 
 
-def test_a_vae_of_its_own_licence_is_asked_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_vae_of_its_own_licence_is_asked_for(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/nonexistent")
     source = encoder_model(tmp_path / "source")
     assert "hub" in refused(capsys, tmp_path / "out", source, "--to", "transformers", "--include-vae")
     code, said, err = ov3(capsys, "convert", source, "--out", tmp_path / "out", "--to", "transformers")
     assert code == 0 and "reads latents: no VAE is inside" in said, err
+    source = on_a_small_autoencoder(tmp_path)
+    code, said, err = ov3(
+        capsys, "convert", source, "--out", tmp_path / "with", "--to", "transformers", "--include-vae"
+    )
+    assert code == 0 and "reads pictures" in said, err
+
+
+def test_the_embedded_vae_comes_along_from_a_released_folder(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    source = encoder_model(tmp_path / "own", vae=VAEConfig())
+    assert ov3(capsys, "convert", source, "--out", tmp_path / "released", "--to", "released")[0] == 0
+    out = tmp_path / "transformers"
+    code, said, err = ov3(capsys, "convert", tmp_path / "released", "--out", out, "--to", "transformers")
+    assert code == 0 and "reads pictures" in said, err
 
 
 def test_onnx_of_any_size_with_the_vae(
@@ -182,7 +214,15 @@ def test_onnx_of_scaled_positions_takes_any_size(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.slow
 def test_onnx_with_an_autoencoder_of_diffusers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Shaped like FLUX.1's, with its attention in the middle; the command compares a grid that is not square."""
+    """With attention in its middle; the command compares a grid that is not square."""
+    source = on_a_small_autoencoder(tmp_path)
+    code, out, err = ov3(capsys, "convert", source, "--out", tmp_path / "onnx", "--to", "onnx-vae")
+    assert code == 0, err
+    assert "pictures of any size" in out and "left out" not in out
+
+
+def on_a_small_autoencoder(tmp_path: Path) -> Path:
+    """An encoder alone on an autoencoder of diffusers shaped like FLUX.1's, both in folders."""
     diffusers: Any = importlib.import_module("diffusers")
     torch.manual_seed(0)
     diffusers.AutoencoderKL(
@@ -196,10 +236,7 @@ def test_onnx_with_an_autoencoder_of_diffusers(capsys: pytest.CaptureFixture[str
         use_post_quant_conv=False,
     ).save_pretrained(tmp_path / "vae")
     vae = dataclasses.replace(read_config(str(tmp_path / "vae")), latent_shift=0.1159)
-    source = encoder_model(tmp_path / "own", vae=vae, in_channels=4, encoder=TransformerConfig(32, 1, 2))
-    code, out, err = ov3(capsys, "convert", source, "--out", tmp_path / "onnx", "--to", "onnx-vae")
-    assert code == 0, err
-    assert "pictures of any size" in out and "left out" not in out
+    return encoder_model(tmp_path / "own", vae=vae, in_channels=4, encoder=TransformerConfig(32, 1, 2))
 
 
 def test_what_the_released_layout_has_no_place_for(
@@ -353,7 +390,9 @@ def test_every_part_of_a_model_folder_is_compared(
 ) -> None:
     parts = {
         "decoder.output.weight": "decoder",
+        "token_rms": "token rms",
         "text_encoder.projection.weight": "text encoder",
+        "logit_scale": "temperature",
         "text_decoder.norm.weight": "text decoder",
         "vae.encoder.linear.weight": "VAE latents",
         "vae.decoder.linear.weight": "VAE pictures",
@@ -398,6 +437,49 @@ def test_nothing_of_value_is_overwritten(capsys: pytest.CaptureFixture[str], tmp
     assert "is a file" in ov3(capsys, "convert", GOLDEN, "--out", tmp_path / "file" / "out")[2]
 
 
+def test_another_librarys_folders_are_not_overwritten(
+    capsys: pytest.CaptureFixture[str], tiny_model: Path, tmp_path: Path
+) -> None:
+    """Nor a run's, nor a model of another form, whatever their files are called."""
+    clip, own = save_transformers(tmp_path / "clip", "clip"), tmp_path / "own"
+    open_clip_folder = save_open_clip(tmp_path / "open_clip", OPEN_CLIP_VIT)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text('{"recipe": "demo"}')
+    shutil.copytree(tiny_model, own)
+    (own / "README.md").unlink()
+    taken = [(clip, "folder"), (clip, "transformers"), (open_clip_folder, "released"), (run, "folder")]
+    for out, to in [*taken, (own, "transformers")]:
+        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        line = ov3(capsys, "convert", tiny_model, "--out", out, "--to", to, "--overwrite")[2]
+        assert "no model of this form" in line, (out, to)
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_what_comes_during_the_work_is_not_overwritten(
+    capsys: pytest.CaptureFixture[str], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, write = tmp_path / "out", command.write
+
+    def write_slowly(*args: Any) -> str:
+        out.mkdir()
+        (out / "config.json").write_text("mine")
+        return write(*args)
+
+    monkeypatch.setattr(command, "write", write_slowly)
+    assert "exists already" in ov3(capsys, "convert", tiny_model, "--out", out)[2]
+    assert [path.name for path in out.iterdir()] == ["config.json"]
+
+
+def test_no_file_that_was_written_is_left_behind(tmp_path: Path) -> None:
+    stage = tmp_path / "stage"
+    stage.mkdir()
+    for name in ("README.md", "config.json", "merges.txt"):
+        (stage / name).touch()
+    with pytest.raises(AssertionError):
+        command.install(stage, tmp_path / "out", command.FILES["transformers"])
+
+
 def change_state(folder: Path, change: Any) -> None:
     state = torch.load(folder / BIN, weights_only=True)
     torch.save(change(state), folder / BIN)
@@ -423,8 +505,9 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "shape": (lambda f: change_state(f, lambda s: s | {"proj": torch.zeros(64, 47)}), "(47, 64)"),
     "integers": (lambda f: change_state(f, lambda s: s | {"proj": torch.zeros(64, 48).long()}), "torch.int64"),
     "not finite": (lambda f: change_state(f, lambda s: s | {"proj": torch.full((64, 48), torch.nan)}), "not finite"),
-    "no JSON": (lambda f: (f / CONFIG).write_text('{"model_cfg": '), "does not describe"),
-    "nested": (lambda f: (f / CONFIG).write_text("[" * 200_000), "does not describe"),
+    "no JSON": (lambda f: (f / CONFIG).write_text('{"model_cfg": '), "not valid JSON"),
+    "nested": (lambda f: (f / CONFIG).write_text("[" * 200_000), "not valid JSON"),
+    "unbounded": (lambda f: change_state(f, lambda s: s | {"proj": torch.zeros(()).expand(2**19, 2**18)}), "proj"),
     "endless": (
         lambda f: (f / CONFIG).write_text((f / CONFIG).read_text().replace("64", "1e999")),
         "does not describe",
@@ -452,6 +535,11 @@ OWN_DAMAGES: dict[str, tuple[Any, str]] = {
     "missing": (lambda f, s: pickled(f, {k: v for k, v in s.items() if k != "logit_scale"}), "weights.bin lacks logit"),
     "extra": (lambda f, s: pickled(f, s | {"more": torch.ones(1)}), "weights.bin holds more"),
     "shape": (lambda f, s: pickled(f, s | {"encoder.class_token": torch.ones(31)}), "weights.bin: encoder.class_token"),
+    "unbounded": (
+        lambda f, s: pickled(f, s | {"logit_scale": torch.zeros(()).expand(2**19, 2**18)}),
+        "does not hold all the numbers of logit_scale",
+    ),
+    "sparse": (lambda f, s: pickled(f, s | {"logit_scale": torch.eye(3).to_sparse()}), "weights.bin is refused"),
     "no JSON": (lambda f, s: (f / "config.json").write_text("{"), "config.json"),
     "misspelt": (lambda f, s: (f / "config.json").write_text('{"format_version": 1, "model": {"widht": 1}}'), "widht"),
 }

@@ -13,8 +13,16 @@ from PIL import Image
 from torch import Tensor
 
 import openvision3
-from openvision3.config import ExternalEncoderConfig, OpenVisionError
-from openvision3.hub.encoders import TokenEncoder, encoder_kind, load_external, load_token_encoder, weights_sha256
+from openvision3.config import ExternalEncoderConfig, ModelConfig, OpenVisionError, TransformerConfig
+from openvision3.hub.encoders import (
+    ForeignEncoder,
+    TokenEncoder,
+    encoder_kind,
+    load_external,
+    load_token_encoder,
+    weights_sha256,
+)
+from openvision3.model.openvision3 import OpenVision3
 from openvision3.vae import load_vae
 
 TRANSFORMERS = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
@@ -100,6 +108,19 @@ def test_ours_and_the_released_format(tiny_model: Path, tmp_path: Path) -> None:
     assert encoder_kind(released) == "openvision3" and encoder.width == 64
     expected = openvision3.load(released, vae=None, device="cpu").encode_latents(vae.encode(pixels))
     close(encoder(pixels), expected)
+    clip = save_transformers(tmp_path / "clip", "clip_vision_model")
+    torch.manual_seed(0)
+    external = ModelConfig(
+        image_size=32,
+        encoder=TransformerConfig(32, 2, 2),
+        decoder=None,
+        text_encoder=None,
+        text_decoder=None,
+        external=ExternalEncoderConfig(str(clip)),
+    )
+    OpenVision3(external).save(tmp_path / "on_clip")
+    encoder = load_token_encoder(tmp_path / "on_clip")
+    assert (encoder.native_size, encoder.grid(32, 32)) == (32, (2, 2))  # pictures of no other size
 
 
 def test_frozen_whatever_is_asked_for(tmp_path: Path) -> None:
@@ -165,7 +186,13 @@ def be_a_pickle(folder: Path) -> None:
         (lambda f: write(f, "config.json", "no"), "not valid JSON"),
         (lambda f: write(f, "config.json", []), "holds list, expected a table"),
         (lambda f: write(f, "config.json", {"model_type": "bert"}), "'bert' is no encoder known here"),
-        (lambda f: write(f, "preprocessor_config.json", {"image_mean": 3}), "three numbers each, got 3"),
+        (lambda f: write(f, "preprocessor_config.json", {"image_mean": 3}), "image_mean must be three numbers.* got 3"),
+        (lambda f: write(f, "preprocessor_config.json", '{"image_mean": [0, 0, NaN]}'), "image_mean must be three"),
+        (lambda f: write(f, "preprocessor_config.json", {"image_mean": [0, 0, True]}), "image_mean must be three"),
+        (lambda f: write(f, "preprocessor_config.json", {"image_std": [1, 1, 0]}), "image_std must be three"),
+        (lambda f: write(f, "preprocessor_config.json", {"image_std": [1, 1, 10**400]}), "image_std must be three"),
+        (lambda f: write(f, "preprocessor_config.json", []), "holds list, expected a table"),
+        (lambda f: write(f, "config.json", "{" + " " * 2_000_000 + "}"), "larger than"),
         (lambda f: (f / "model.safetensors").unlink(), "can't be loaded"),
         (lambda f: (f / "model.safetensors").write_bytes(b"rubbish"), "can't be loaded"),
         (lose_a_tensor, "lack .*post_layernorm.bias"),
@@ -188,6 +215,9 @@ RESNET = {"model_cfg": {"embed_dim": 24, "vision_cfg": {"image_size": 32, "layer
     ("damage", "words"),
     [
         (lambda f: write(f, "open_clip_config.json", {}), "no vision transformer"),
+        (lambda f: write(f, "open_clip_config.json", {"model_cfg": []}), "no vision transformer"),
+        (lambda f: write(f, "open_clip_config.json", {"model_cfg": {"vision_cfg": None}}), "no vision transformer"),
+        (lambda f: write(f, "open_clip_config.json", "null"), "holds NoneType, expected a table"),
         (lambda f: write(f, "open_clip_config.json", RESNET), "no vision transformer"),
         (lambda f: write(f, "open_clip_config.json", {"model_cfg": {"embed_dim": 1, "vision_cfg": {"a": 1}}}), "'a'"),
         (lambda f: (f / "open_clip_model.safetensors").unlink(), "no weights"),
@@ -201,6 +231,14 @@ def test_broken_open_clip_folders(damage, words: str, tmp_path: Path, capsys: py
     with pytest.raises(OpenVisionError, match=words) as caught:
         load_token_encoder(folder)
     assert "\n" not in str(caught.value) and "ran" not in capsys.readouterr().out.split()
+
+
+def test_a_config_without_normalisation_has_clips(tmp_path: Path) -> None:
+    folder = save_open_clip(tmp_path / "clip", OPEN_CLIP_VIT)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    write(folder, "open_clip_config.json", config | {"preprocess_cfg": None})
+    encoder = load_token_encoder(folder)
+    assert isinstance(encoder, ForeignEncoder) and encoder.mean.flatten().tolist()[0] == pytest.approx(0.48145466)
 
 
 def test_a_missing_library_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,6 +233,11 @@ def test_nothing_is_overwritten_unasked(model, folder, tmp_path):
     (tmp_path / "other" / "thesis.txt").write_text("years of work")
     with pytest.raises(OpenVisionError, match="no model"):
         model.save(tmp_path / "other", overwrite=True)
+    (tmp_path / "other" / "thesis.txt").rename(tmp_path / "other" / "model.safetensors")
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(OpenVisionError, match="no model"):
+        model.save(tmp_path / "other", overwrite=True)
+    assert (tmp_path / "other" / "model.safetensors").read_text() == "years of work"
 
 
 def break_weights(folder, change):
@@ -281,7 +286,11 @@ def cut_short(folder):
         (lambda f: break_weights(f, lambda t: t.update({"encoder.class_token": torch.zeros(32).int()})), "int32"),
         (lambda f: (f / "config.json").unlink(), "no config.json"),
         (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
-        (lambda f: (f / "config.json").write_text("[1]"), "format_version"),
+        (lambda f: (f / "config.json").write_text("[1]"), "holds list, expected a table"),
+        (lambda f: edit_config(f, lambda d: d["model"]["vae"].update(factor=0)), "factor is 0"),
+        (lambda f: edit_config(f, lambda d: d["model"]["vae"].update(channels=10**9)), "channels is 1000000000"),
+        (lambda f: edit_config(f, lambda d: d["model"]["vae"].update(latent_scale=0)), "latent_scale .* 0"),
+        (lambda f: edit_config(f, lambda d: d["model"]["vae"].update(latent_scale=math.nan)), "latent_scale .* nan"),
         (lambda f: edit_config(f, lambda d: d.pop("format_version")), "format_version"),
         (lambda f: edit_config(f, lambda d: d.update(format_version=99)), "format_version 99"),
         (lambda f: edit_config(f, lambda d: d["model"].update(ecnoder={})), "ecnoder.*encoder"),

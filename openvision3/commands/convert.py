@@ -132,6 +132,7 @@ def convert(
         with staging(out) as stage:
             written = write(model, stage, options)
             checks = [*read, verify(model, stage, options)]
+            check_free(out, to, overwrite)  # again: all this took a while
             install(stage, out, FILES[to])
     print(f"{out}: {written}")
     if missing := left_out(model, to):
@@ -153,7 +154,7 @@ def load_source(source: str, scratch: Path, vae: WantedVAE) -> "tuple[OpenVision
 
     folder = model_folder(source)
     if is_released_folder(folder):
-        model = openvision3.load(folder, vae="auto" if vae == "any" else None, device="cpu")
+        model = openvision3.load(folder, vae=_vae(folder, vae), device="cpu")
         check = _through_open_clip(folder, model, TOLERANCES["fp32"], "open_clip's tower, of the source")
         return model, [check] if check else []
     weights = pickled_weights(folder, WEIGHTS)
@@ -213,7 +214,7 @@ def verify(model: "OpenVision3", stage: Path, options: Options) -> "Difference":
 
         gone = {"VAE pictures"} if model.config.decoder is None else set()  # nothing there decodes
         if options.to == "transformers-vision":
-            gone = {"decoder", "text encoder", "text decoder", "VAE pictures"}
+            gone = {"decoder", "token rms", "text encoder", "temperature", "text decoder", "VAE pictures"}
         expected = {name: tensor for name, tensor in v.all_outputs(model).items() if name not in gone}
         return v.compare(expected, transformers_outputs(stage, model.config), TOLERANCES["fp32"], "transformers")
     if options.to == "released":
@@ -260,16 +261,24 @@ def check_free(out: Path, to: Target, overwrite: bool) -> None:
     if names and not overwrite:
         raise OpenVisionError(f"{out} exists already; choose another folder or pass --overwrite")
     marks = {files[-1] for files in FILES.values()} & names
-    other = "config.json" in marks and _of_transformers(out / "config.json") != to.startswith("transformers")
-    if names and (other or (marks != {FILES[to][-1]} and not names <= set(FILES[to]))):
+    replaceable = marks == {FILES[to][-1]} and _is_ours(out, to)
+    broken_off = names <= set(FILES[to][:-1])
+    if names and not replaceable and not broken_off:
         raise OpenVisionError(f"{out} holds something that is no model of this form; choose another folder")
 
 
-def _of_transformers(config: Path) -> bool:
-    """Whether a config.json is one of `save_transformers`, and not a model folder's or another library's."""
+def _is_ours(folder: Path, to: Target) -> bool:
+    """Whether the file that marks a model of that form is of one, and not another library's or a run's."""
+    from openvision3.hub.encoders import encoder_kind
+
+    if to.startswith("onnx"):
+        return True
     try:
-        return str(json.loads(config.read_text(encoding="utf-8")).get("model_type")).startswith("openvision3")
-    except (OSError, ValueError, AttributeError):
+        if to.startswith("transformers"):
+            config = json.loads((folder / FILES[to][-1]).read_text(encoding="utf-8"))
+            return str(config.get("model_type")).startswith("openvision3")
+        return encoder_kind(folder) == "openvision3"
+    except (OpenVisionError, OSError, ValueError, AttributeError):
         return False
 
 
@@ -287,6 +296,7 @@ def staging(out: Path) -> Iterator[Path]:
 
 def install(stage: Path, out: Path, files: tuple[str, ...]) -> None:
     """Moves what is in `stage` to `out`: by one rename where nothing is there, else file by file, the mark last."""
+    assert {path.name for path in stage.iterdir()} <= set(files)
     for path in stage.iterdir():
         shutil.copymode(stage / "README.md", path)  # safetensors' files may be read by their owner alone
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -317,6 +327,8 @@ def read_state(path: Path) -> "dict[str, Tensor]":
     """
     import torch
 
+    from openvision3.hub.released import check_tensors
+
     try:
         with path.open("rb") as file:  # by its content: torch chooses the reader of a path by its name
             state = torch.load(file, map_location="cpu", weights_only=True)
@@ -326,8 +338,7 @@ def read_state(path: Path) -> "dict[str, Tensor]":
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise OpenVisionError(f"{path} is refused: it is not a plain table of tensors")
+    check_tensors(path, state)
     return state
 
 
@@ -339,16 +350,20 @@ def write_safetensors(state: "dict[str, Tensor]", path: Path) -> None:
 
 
 def _vae(folder: Path, wanted: WantedVAE) -> Literal["auto"] | None:
-    """How a model folder is to be loaded for that VAE to come along."""
+    """How a folder is to be loaded for that VAE to come along."""
+    from openvision3.hub.released import is_released_folder, read_released_config
     from openvision3.model.folder import CONFIG, read_description
 
     if wanted == "any":
         return "auto"
-    if not (folder / CONFIG).is_file():
+    if is_released_folder(folder):
+        config, architecture = read_released_config(folder), None
+    elif (folder / CONFIG).is_file():
+        config, architecture = read_description(folder)
+    else:
         return None
-    config, architecture = read_description(folder)
-    embedded = wanted == "embedded" and config.input == "latents" and config.vae.kind == "tiny"
-    return "auto" if embedded or architecture is not None else None
+    named = config.input == "latents" and (config.vae.kind, config.vae.source) == ("tiny", "embedded")
+    return "auto" if architecture is not None or (wanted == "embedded" and named) else None
 
 
 def _through_open_clip(folder: Path, model: "OpenVision3", tolerance: float, through: str) -> "Difference | None":

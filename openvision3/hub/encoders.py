@@ -5,7 +5,6 @@ alone is normalised (CLIP), after it where all tokens are (SigLIP), as in transf
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,14 +16,15 @@ from torch import Tensor, nn
 
 from openvision3.config import ExternalEncoderConfig, OpenVisionError, TransformerConfig
 from openvision3.hub.load import load, model_folder
-from openvision3.hub.released import is_released_folder, read_state
+from openvision3.hub.released import is_released_folder, read_state, weight_patterns
+from openvision3.model.folder import read_json
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.vae import FrozenVAE
 
 Kind = Literal["openvision3", "open_clip", "transformers"]
 OPEN_CLIP_CONFIG, CONFIG = "open_clip_config.json", "config.json"
 _TRANSFORMERS_TYPES = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
-_WEIGHTS = ("open_clip*.safetensors", "model*.safetensors", "open_clip_pytorch_model.bin", "pytorch_model*.bin")
+_MEANS, _STDS = (-1e6, 1e6), (1e-6, 1e6)  # what a folder may say of the pixels
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -33,7 +33,7 @@ class TokenEncoder(Protocol):
 
     name: str
     size: TransformerConfig  # of its blocks; tokens have the width `size.width`
-    native_size: int | None  # side of the pictures that it reads, to which others are resized; None: any, as they are
+    native_size: int | None  # side of the pictures that it reads (another library's resizes others); None: any
 
     @property
     def width(self) -> int:
@@ -76,12 +76,16 @@ class FrozenEncoder(nn.Module):
 
 
 class OpenVisionEncoder(FrozenEncoder):
-    """One of our encoders with its VAE (own training or released weights), on pictures of any size."""
+    """One of our models with its VAE (own training or released weights), on pictures of any size.
+
+    One that is built on another library's encoder reads pictures of its own size alone.
+    """
 
     tower: OpenVision3
 
     def __init__(self, model: OpenVision3) -> None:
-        super().__init__(model.config.name, model.config.encoder, None, model)
+        native_size = model.config.image_size if model.config.external is not None else None
+        super().__init__(model.config.name, model.config.encoder, native_size, model)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         step = self.tower.config.downsampling
@@ -150,7 +154,7 @@ def load_token_encoder(
     and nothing else. Raises `OpenVisionError` with one line where the folder is of no known kind, is broken, or its
     library is not installed.
     """
-    folder = encoder_folder(source)
+    folder = model_folder(str(source))
     kind = encoder_kind(folder)
     if kind == "openvision3":
         return OpenVisionEncoder(load(folder, vae, device, dtype))
@@ -158,20 +162,15 @@ def load_token_encoder(
     return encoder.to(device=device, dtype=dtype)
 
 
-def encoder_folder(source: str | Path) -> Path:
-    """The folder itself, or the local snapshot of a hub repository."""
-    return model_folder(str(source), _WEIGHTS)
-
-
 def encoder_kind(folder: Path) -> Kind:
     """Whose encoder a folder holds, by its files; raises `OpenVisionError` for a folder of no known kind."""
     if is_released_folder(folder):
-        vision = _read_json(folder / OPEN_CLIP_CONFIG).get("model_cfg", {}).get("vision_cfg", {})
+        vision = _table(_table(read_json(folder / OPEN_CLIP_CONFIG).get("model_cfg")).get("vision_cfg"))
         ours = {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}
         return "openvision3" if all(vision.get(name) == value for name, value in ours.items()) else "open_clip"
     if not (folder / CONFIG).is_file():
         raise OpenVisionError(f"{folder} holds no encoder: it has neither {CONFIG} nor {OPEN_CLIP_CONFIG}")
-    config = _read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     if "format_version" in config:
         return "openvision3"
     if config.get("model_type") in _TRANSFORMERS_TYPES:
@@ -185,7 +184,7 @@ def encoder_kind(folder: Path) -> Kind:
 def load_external(config: ExternalEncoderConfig, device: torch.device | str, dtype: torch.dtype) -> FrozenEncoder:
     """Loads the encoder that a model names; raises `OpenVisionError` where it can't be had or has other weights."""
     try:
-        folder = encoder_folder(config.source)
+        folder = model_folder(config.source)
         if config.sha256 and (found := weights_sha256(folder)) != config.sha256:
             raise OpenVisionError(f"{folder}: the weights' sha256 is {found}, expected {config.sha256}")
         return load_token_encoder(folder, device=device, dtype=dtype)
@@ -195,7 +194,8 @@ def load_external(config: ExternalEncoderConfig, device: torch.device | str, dty
 
 def weights_sha256(folder: Path) -> str:
     """sha256 (hex) of a folder's weights; raises `OpenVisionError` where there are none."""
-    for pattern in _WEIGHTS:
+    patterns = weight_patterns(folder)
+    for pattern in patterns:
         if files := sorted(folder.glob(pattern)):
             digest = hashlib.sha256()
             for path in files:
@@ -203,7 +203,7 @@ def weights_sha256(folder: Path) -> str:
                     while chunk := file.read(1 << 20):
                         digest.update(chunk)
             return digest.hexdigest()
-    raise OpenVisionError(f"{folder} has no weights; expected one of {', '.join(_WEIGHTS)}")
+    raise OpenVisionError(f"{folder} has no weights; expected one of {', '.join(patterns)}")
 
 
 def _transformers_encoder(folder: Path) -> ForeignEncoder:
@@ -213,7 +213,7 @@ def _transformers_encoder(folder: Path) -> ForeignEncoder:
         raise OpenVisionError(_install(folder, "transformers", "vlm")) from None
     from transformers.utils import logging
 
-    siglip = str(_read_json(folder / CONFIG)["model_type"]).startswith("siglip")
+    siglip = str(read_json(folder / CONFIG)["model_type"]).startswith("siglip")
     cls: Any = transformers.SiglipVisionModel if siglip else transformers.CLIPVisionModel
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -251,7 +251,7 @@ def _open_clip_encoder(folder: Path) -> ForeignEncoder:
         raise OpenVisionError(_install(folder, "open_clip_torch", "eval")) from None
     path = folder / OPEN_CLIP_CONFIG
     try:
-        config = _read_json(path)["model_cfg"]
+        config = read_json(path)["model_cfg"]
         vision = CLIPVisionCfg(**config["vision_cfg"] | {"timm_model_pretrained": False, "output_tokens": False})
         tower: Any = _build_vision_tower(int(config["embed_dim"]), vision, bool(config.get("quick_gelu", False)))
         size, native = _open_clip_size(tower, vision), _square(vision.image_size)
@@ -295,23 +295,20 @@ def _normalisation(
     path: Path, mean: str, std: str, default: tuple[Sequence[float], Sequence[float]]
 ) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and standard deviation of the pixels in [0, 1] that an encoder was trained with, from its folder."""
-    config = _read_json(path) if path.is_file() else {}
-    config = config.get("preprocess_cfg", {}) if path.name == OPEN_CLIP_CONFIG else config
+    config = read_json(path) if path.is_file() else {}
+    config = _table(config.get("preprocess_cfg")) if path.name == OPEN_CLIP_CONFIG else config
     values = (config.get(mean, default[0]), config.get(std, default[1]))
-    for value in values:
-        if not isinstance(value, list | tuple) or len(value) != 3 or not all(isinstance(v, int | float) for v in value):
-            raise OpenVisionError(f"{path}: {mean} and {std} must be three numbers each, got {value!r}")
+    for name, value, (low, high) in zip((mean, std), values, (_MEANS, _STDS), strict=True):
+        numbers = value if isinstance(value, list | tuple) else []
+        fit = [type(v) in (int, float) and low <= v <= high for v in numbers]
+        if fit != [True] * 3:
+            raise OpenVisionError(f"{path}: {name} must be three numbers from {low:g} to {high:g}, got {value!r}")
     return values
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise OpenVisionError(f"{path} is not valid JSON: {_one_line(error)}") from None
-    if not isinstance(data, dict):
-        raise OpenVisionError(f"{path} holds {type(data).__name__}, expected a table of fields")
-    return data
+def _table(value: Any) -> dict[str, Any]:
+    """A part of a config that should be a table of fields; empty where it is anything else."""
+    return value if isinstance(value, dict) else {}
 
 
 def _install(folder: Path, library: str, extra: str) -> str:

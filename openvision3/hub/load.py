@@ -1,6 +1,5 @@
 """One door to every model: the embedded one, a model folder, a folder in the released format, or a hub id."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -46,8 +45,8 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def model_folder(name: str, weights: Sequence[str] | None = None) -> Path:
-    """The folder that a name means: itself, the demo's, or a hub id's snapshot (`weights`: patterns of its files)."""
+def model_folder(name: str) -> Path:
+    """The folder that a name means: itself, the demo's, or a hub id's snapshot."""
     path = Path(name)
     if path.is_dir():
         return path
@@ -61,4 +60,4 @@ def model_folder(name: str, weights: Sequence[str] | None = None) -> Path:
         raise OpenVisionError(f"{name} is a file; a model is a folder")
     if name.count("/") != 1 or name.startswith((".", "~", "/")):
         raise OpenVisionError(f"{name} does not exist")
-    return download(name) if weights is None else download(name, weights)
+    return download(name)

@@ -21,9 +21,8 @@ names, with or without the prefix `visual.`, and ours (B = `transformer.resblock
 """
 
 import dataclasses
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,8 +31,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from openvision3.config import ModelConfig, OpenVisionError, TransformerConfig, VAEConfig, from_dict
-from openvision3.model.blocks import sincos_positions
-from openvision3.model.openvision3 import INITIAL_LOGIT_SCALE, OpenVision3
+from openvision3.model.blocks import check_transformer, sincos_positions
+from openvision3.model.folder import read_json
+from openvision3.model.openvision3 import INITIAL_LOGIT_SCALE, OpenVision3, check_model
 from openvision3.vae import FrozenVAE, load_vae
 from openvision3.vae_diffusers import flux_config
 
@@ -41,9 +41,10 @@ CONFIG, EXTRA = "open_clip_config.json", "openvision3"
 _WEIGHTS = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
-    "model.safetensors",
     "open_clip_pytorch_model.bin",
+    "model.safetensors",  # last: beside one of the others, it is transformers'
 )
+_OTHER_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # of our own folders, and of transformers'
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _POSITION_TOLERANCE = 1e-5  # a table this close to the formula is the formula, computed in other software
 
@@ -130,8 +131,10 @@ def load_released(
 def read_released_config(folder: Path) -> ModelConfig:
     """The `ModelConfig` of a released folder's `open_clip_config.json`; raises `OpenVisionError` for other towers."""
     path = folder / CONFIG
+    if not path.is_file():
+        raise OpenVisionError(f"{path} does not exist")
+    data = read_json(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
         model, vision = data["model_cfg"], data["model_cfg"]["vision_cfg"]
         width, depth = int(vision["width"]), int(vision["layers"])
         channels, patch = int(vision.get("in_channels", 3)), int(vision["patch_size"])
@@ -142,12 +145,8 @@ def read_released_config(folder: Path) -> ModelConfig:
         act, extra = vision.get("act_kwargs") or {}, data.get(EXTRA, {})
         vae = from_dict(VAEConfig, extra["vae"], f"{path}: vae") if "vae" in extra else flux_config("released")
         positions = "scaled" if extra.get("positions") == "scaled" else "computed"
-    except FileNotFoundError:
-        raise OpenVisionError(f"{path} does not exist") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise OpenVisionError(f"{path} does not describe a released encoder: {error!r}") from None
-    except (RecursionError, OverflowError):
-        raise OpenVisionError(f"{path} does not describe a released encoder: nested too deeply or too large") from None
     required: dict[str, Any] = {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}
     for name, value in required.items():
         if vision.get(name) != value:
@@ -162,7 +161,7 @@ def read_released_config(folder: Path) -> ModelConfig:
         raise OpenVisionError(f"{path}: act_kwargs {act!r} is no activation known here")
     activation = "gelu_tanh" if act == {"approximate": "tanh"} else "gelu"
     pixels = channels == 3
-    return ModelConfig(
+    config = ModelConfig(
         name=folder.name,
         input="pixels" if pixels else "latents",
         in_channels=channels,
@@ -176,12 +175,23 @@ def read_released_config(folder: Path) -> ModelConfig:
         text_decoder=None,
         vae=VAEConfig() if pixels else vae,
     )
+    try:  # before anything is made in these sizes
+        check_model(config)
+        check_transformer(config.encoder)
+    except OpenVisionError as error:
+        raise OpenVisionError(f"{path}: {error}") from None
+    return config
 
 
-def download(repo_id: str, weights: Sequence[str] = _WEIGHTS) -> Path:
-    """The local snapshot of a hub repository, downloaded where needed; raises `OpenVisionError` without it.
+def weight_patterns(folder: Path) -> tuple[str, ...]:
+    """Patterns of the files that may hold a folder's weights; the first that fits counts."""
+    return _WEIGHTS if is_released_folder(folder) else _OTHER_WEIGHTS
 
-    `weights`: patterns of the weights' files.
+
+def download(repo_id: str) -> Path:
+    """The local snapshot of a hub repository, downloaded where needed: its JSON and one copy of its weights.
+
+    Raises `OpenVisionError` without it.
     """
     if not _HUB_ID.fullmatch(repo_id):
         raise OpenVisionError(
@@ -190,7 +200,12 @@ def download(repo_id: str, weights: Sequence[str] = _WEIGHTS) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=["*.json", *weights, "README.md"]))
+        folder = Path(snapshot_download(repo_id, allow_patterns=["*.json", "README.md"]))
+        for pattern in weight_patterns(folder):
+            folder = Path(snapshot_download(repo_id, allow_patterns=["*.json", "README.md", pattern]))
+            if any(folder.glob(pattern)):
+                break
+        return folder
     except Exception as error:  # the hub client raises its own, httpx's and the system's errors
         reason = " ".join(str(error).split())[:200]
         raise OpenVisionError(
@@ -208,10 +223,22 @@ def read_state(folder: Path) -> dict[str, Tensor]:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can make its reader raise almost anything
         raise OpenVisionError(f"{path} can't be read: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise OpenVisionError(f"{path} is not a table of tensors")
+    check_tensors(path, state)
     tower = {name.removeprefix("visual."): tensor for name, tensor in state.items() if name.startswith("visual.")}
     return tower or state
+
+
+def check_tensors(path: Path, state: Any) -> None:
+    """Raises `OpenVisionError` where what a pickle gave is no table of tensors whose numbers are all in the file.
+
+    A small pickle can call one number a tensor of any size: a copy of that would ask for all the memory.
+    """
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise OpenVisionError(f"{path} is refused: it is not a plain table of tensors")
+    for name, tensor in state.items():
+        dense = tensor.layout == torch.strided and not tensor.is_meta
+        if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise OpenVisionError(f"{path} is refused: the file does not hold all the numbers of {name}")
 
 
 def _is_formula(table: Tensor, config: ModelConfig) -> bool:

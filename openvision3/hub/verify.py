@@ -48,11 +48,13 @@ def random_inputs(config: ModelConfig, grid: tuple[int, int], batch: int, images
 
 
 def random_ids(config: TextEncoderConfig | TextDecoderConfig | None) -> Tensor:
-    """Seeded ids (2, L) of a text tower's full length, none of them padding."""
+    """Seeded ids (2, L) of a text tower's full length; padding in the second row's latter half, but for the last."""
     assert config is not None
     rng = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (2, config.context_length), generator=rng)
-    return torch.where(ids == config.pad_id, (config.pad_id + 1) % config.vocab_size, ids)
+    ids = torch.where(ids == config.pad_id, (config.pad_id + 1) % config.vocab_size, ids)
+    ids[1, config.context_length // 2 : -1] = config.pad_id
+    return ids
 
 
 def native_grid(config: ModelConfig) -> tuple[int, int]:
@@ -70,13 +72,14 @@ def encoder_outputs(model: OpenVision3, inputs: Tensor, through_vae: bool = Fals
 
 @torch.no_grad()
 def all_outputs(model: OpenVision3) -> dict[str, Tensor]:
-    """What every part that the model has gives for seeded inputs of its own size."""
+    """What every part that the model has gives for seeded inputs of its own size, and the scalars beside the parts."""
     config, grid = model.config, native_grid(model.config)
     found = encoder_outputs(model, random_inputs(config, grid, batch=2))
     if model.decoder is not None:
-        found["decoder"] = model.decoder(found["tokens"], grid)
+        found |= {"decoder": model.decoder(found["tokens"], grid), "token rms": model.token_rms}
     if model.text_encoder is not None:
         found["text encoder"] = model.text_encoder(random_ids(config.text_encoder))
+        found["temperature"] = model.temperature()
     if model.text_decoder is not None:
         found["text decoder"] = model.text_decoder(found["tokens"], random_ids(config.text_decoder))
     if model.vae is not None:

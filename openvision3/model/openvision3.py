@@ -239,8 +239,9 @@ class OpenVision3(nn.Module):
 
     def _need(self, part: Part | None, name: str) -> Part:
         if part is None:
+            recipe = "attach_decoder" if name == "decoder" else "attach_text"
             raise OpenVisionError(
-                f"model {self.config.name!r} has no {name}; models trained by `ov3 train`, such as 'demo', have one"
+                f"model {self.config.name!r} has no {name}; `ov3 train {recipe} --init MODEL` gives it one"
             )
         return part
 
@@ -261,7 +262,10 @@ class OpenVision3(nn.Module):
 def check_model(config: ModelConfig) -> None:
     """Raises `OpenVisionError` where a config does not describe a model; the towers check their own sizes."""
     ranges = {"patch_size": (1, 1024), "in_channels": (1, 4096), "embed_dim": (1, 65536), "image_size": (1, 65536)}
+    _check_ranges(config.vae, {"factor": (1, 1024), "channels": (1, 4096)})
     _check_ranges(config, ranges)
+    if not 0 < abs(config.vae.latent_scale) < math.inf:
+        raise OpenVisionError(f"model config: latent_scale must be finite and not 0, got {config.vae.latent_scale:g}")
     for part in (config.text_encoder, config.text_decoder):
         if part is not None:
             _check_ranges(part, {"vocab_size": (1, 10_000_000), "context_length": (2, 65536)})

@@ -108,9 +108,10 @@ def transformers_outputs(folder: str | Path, config: ModelConfig) -> dict[str, T
     found = {"tokens": tokens, "pooled": output.pooler_output}
     if isinstance(result, OpenVision3Model):
         if result.decoder is not None:
-            found["decoder"] = result.decoder(tokens, grid)
+            found |= {"decoder": result.decoder(tokens, grid), "token rms": result.token_rms}
         if result.text_model is not None:
             found["text encoder"] = result.get_text_features(random_ids(config.text_encoder)).pooler_output
+            found["temperature"] = result.temperature()
         if result.text_decoder is not None:
             found["text decoder"] = result.text_decoder(tokens, random_ids(config.text_decoder))
     if vision.vae is not None:
