@@ -13,7 +13,7 @@ PAD, BOS, EOS, CLS = 0, 1, 2, 3
 SIZE = TransformerConfig(32, 2, 2)
 
 
-def make_decoder(image_input, vocab_size=12, context_length=9, seed=0, image_positions=False):
+def make_decoder(image_input, vocab_size=12, context_length=9, seed=0, image_positions=0.0):
     """A decoder whose weights are large enough for its choices to depend on picture and text."""
     torch.manual_seed(seed)
     config = TextDecoderConfig(SIZE, vocab_size, context_length, PAD, image_input, image_positions)
@@ -193,8 +193,8 @@ def test_impossible_lengths_are_refused(length):
 def test_image_positions_tell_places_apart(image_input):
     tokens, ids = torch.randn(2, 8, 24), torch.randint(4, 12, (2, 6))
     with pytest.raises(OpenVisionError, match="grid="):
-        make_decoder(image_input, image_positions=True)(tokens, ids)
-    bag, placed = make_decoder(image_input), make_decoder(image_input, image_positions=True)
+        make_decoder(image_input, image_positions=2.0)(tokens, ids)
+    bag, placed = make_decoder(image_input), make_decoder(image_input, image_positions=2.0)
     turned = tokens.roll(3, dims=1)
     torch.testing.assert_close(bag(tokens, ids), bag(turned, ids), atol=1e-4, rtol=1e-4)
     assert not torch.allclose(placed(tokens, ids, (2, 4)), placed(turned, ids, (2, 4)), atol=1e-2)

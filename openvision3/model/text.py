@@ -93,7 +93,8 @@ class CaptionDecoder(nn.Module):
 
     How the tokens enter is not stated in the paper. "cross": each block attends to the normalised tokens; "prefix":
     they are projected and put before the text, with full attention among themselves and causal attention over the
-    text. With `image_positions`, the tokens' places (as the encoder's, see `ModelConfig.positions`) are added first.
+    text. With `image_positions`, the tokens' places (as the encoder's, see `ModelConfig.positions`), times that factor,
+    are added to the normalised tokens.
     """
 
     def __init__(
@@ -155,7 +156,8 @@ class CaptionDecoder(nn.Module):
         if not self.config.image_positions:
             return image
         grid = grid or square_grid(tokens.shape[1])
-        return image + sincos_positions(grid, image.shape[2], image.device, self.extent).to(image.dtype)
+        positions = sincos_positions(grid, image.shape[2], image.device, self.extent)
+        return image + self.config.image_positions * positions.to(image.dtype)
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.transformer.blocks if isinstance(block, Block)]
