@@ -77,6 +77,7 @@ class TextDecoderConfig:
     context_length: int = 128  # tokens, with [bos] and [eos]
     pad_id: int = 0  # must be the tokenizer's; no loss there
     image_input: Literal["prefix", "cross"] = "cross"  # image tokens as a prefix, or cross-attended in each block
+    image_positions: float = 0.0  # factor of the sine-cosine positions added to the image tokens that it reads
 
 
 @dataclass(frozen=True)

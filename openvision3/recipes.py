@@ -84,12 +84,15 @@ def demo() -> TrainConfig:
     Stage 1 shows large single things at 64 px, until names are learned; stage 2 the whole distribution at 128 px.
     """
     large = SceneConfig(size_min=0.4, size_max=0.8, count_weights=(0.8, 0.2, 0.0, 0.0))
+    model = _demo_model("demo", width=192, encoder=6, decoder=2, text_encoder=2, text_decoder=3)
+    assert model.text_decoder is not None
     return TrainConfig(
         recipe="demo",
         model=replace(
-            _demo_model("demo", width=192, encoder=6, decoder=2, text_encoder=2, text_decoder=3),
+            model,
             noise_tau=0.1,
             positions="scaled",
+            text_decoder=replace(model.text_decoder, image_positions=4.0),  # without, captions guess relations
         ),
         data=DataConfig(
             scenes=SceneConfig(size_min=0.22, size_max=0.6, count_weights=(0.38, 0.38, 0.2, 0.04))
@@ -100,7 +103,7 @@ def demo() -> TrainConfig:
             resolution=64, samples=80_000, warmup_samples=4_000, batch_size=64, base_lr=8e-3, scenes=large
         ),
         stage2=StageConfig(
-            resolution=128, samples=180_000, warmup_samples=4_000, batch_size=64, base_lr=6e-3, lpips_weight=0.5
+            resolution=128, samples=220_000, warmup_samples=4_000, batch_size=64, base_lr=6e-3, lpips_weight=0.5
         ),
         eval_every=80_000,
         checkpoint_every=16_000,

@@ -13,10 +13,11 @@ PAD, BOS, EOS, CLS = 0, 1, 2, 3
 SIZE = TransformerConfig(32, 2, 2)
 
 
-def make_decoder(image_input, vocab_size=12, context_length=9, seed=0):
+def make_decoder(image_input, vocab_size=12, context_length=9, seed=0, image_positions=0.0):
     """A decoder whose weights are large enough for its choices to depend on picture and text."""
     torch.manual_seed(seed)
-    decoder = CaptionDecoder(TextDecoderConfig(SIZE, vocab_size, context_length, PAD, image_input), 24, "auto")
+    config = TextDecoderConfig(SIZE, vocab_size, context_length, PAD, image_input, image_positions)
+    decoder = CaptionDecoder(config, 24, "auto")
     for parameter in decoder.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.4)
@@ -186,3 +187,18 @@ def test_beams_of_a_batch_do_not_mix():
 def test_impossible_lengths_are_refused(length):
     with pytest.raises(OpenVisionError, match="max_length"):
         greedy_search(make_decoder("cross"), torch.randn(1, 5, 24), BOS, EOS, max_length=length)
+
+
+@pytest.mark.parametrize("image_input", ["cross", "prefix"])
+def test_image_positions_tell_places_apart(image_input):
+    tokens, ids = torch.randn(2, 8, 24), torch.randint(4, 12, (2, 6))
+    with pytest.raises(OpenVisionError, match="grid="):
+        make_decoder(image_input, image_positions=2.0)(tokens, ids)
+    bag, placed = make_decoder(image_input), make_decoder(image_input, image_positions=2.0)
+    turned = tokens.roll(3, dims=1)
+    torch.testing.assert_close(bag(tokens, ids), bag(turned, ids), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(placed(tokens, ids, (2, 4)), placed(turned, ids, (2, 4)), atol=1e-2)
+    assert not torch.allclose(placed(tokens, ids, (2, 4)), placed(tokens, ids, (4, 2)), atol=1e-2)
+    state = placed.start(tokens, (2, 4))
+    steps = torch.stack([placed.step(ids[:, i], state) for i in range(6)], dim=1)
+    torch.testing.assert_close(steps, placed(tokens, ids, (2, 4)), atol=1e-5, rtol=1e-5)

@@ -11,15 +11,20 @@ from openvision3.model.text import CaptionDecoder
 
 @torch.no_grad()
 def greedy_search(
-    decoder: CaptionDecoder, tokens: Tensor, bos_id: int, eos_id: int, max_length: int | None = None
+    decoder: CaptionDecoder,
+    tokens: Tensor,
+    bos_id: int,
+    eos_id: int,
+    max_length: int | None = None,
+    grid: tuple[int, int] | None = None,
 ) -> Tensor:
     """The most probable next token, again and again, until every caption of the batch has ended.
 
     Image tokens (B, N, W_enc) -> ids (B, L): `[bos] words [eos]`, then padding; at most `max_length` (default and upper
-    limit: the context length) with [bos] and [eos].
+    limit: the context length) with [bos] and [eos]. `grid`: (rows, columns) of tokens that are not a square.
     """
     pad_id, limit = decoder.config.pad_id, _limit(decoder, max_length)
-    state = decoder.start(tokens)
+    state = decoder.start(tokens, grid)
     ids = torch.full((tokens.shape[0], 1), bos_id, dtype=torch.long, device=tokens.device)
     finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
     while ids.shape[1] < limit and not bool(finished.all()):
@@ -39,6 +44,7 @@ def beam_search(
     num_beams: int,
     max_length: int | None = None,
     length_penalty: float = 1.0,
+    grid: tuple[int, int] | None = None,
 ) -> Tensor:
     """Keeps the `num_beams` best captions at every length; returns the best of each picture, as `greedy_search`.
 
@@ -50,7 +56,7 @@ def beam_search(
     pad_id, limit, device = decoder.config.pad_id, _limit(decoder, max_length), tokens.device
     batch = tokens.shape[0]
     rows = torch.arange(batch, device=device)[:, None] * num_beams
-    state = decoder.start(tokens)
+    state = decoder.start(tokens, grid)
     state.reorder(torch.arange(batch, device=device).repeat_interleave(num_beams))
     ids = torch.full((batch * num_beams, 1), bos_id, dtype=torch.long, device=device)
     finished = torch.zeros(batch, num_beams, dtype=torch.bool, device=device)

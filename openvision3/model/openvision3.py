@@ -50,7 +50,9 @@ class OpenVision3(nn.Module):
             TextEncoder(config.text_encoder, config.embed_dim, config.attention) if config.text_encoder else None
         )
         self.text_decoder = (
-            CaptionDecoder(config.text_decoder, config.encoder.width, config.attention) if config.text_decoder else None
+            CaptionDecoder(config.text_decoder, config.encoder.width, config.attention, config.position_extent)
+            if config.text_decoder
+            else None
         )
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
         self.register_buffer("token_rms", torch.ones(()))
@@ -157,19 +159,26 @@ class OpenVision3(nn.Module):
         """Brings `logit_scale` itself back to its limit: call after each optimizer step, or it may wander far above."""
         self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
 
-    def caption_logits(self, tokens: Tensor, caption_ids: Tensor) -> Tensor:
-        """Tokens (B, N, D) and ids (B, L), `[bos] words [eos] pad...` -> logits (B, L - 1, V) for ids[:, 1:]."""
-        return self._need(self.text_decoder, "text decoder")(tokens, caption_ids[:, :-1])
+    def caption_logits(self, tokens: Tensor, caption_ids: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Tokens (B, N, D) and ids (B, L), `[bos] words [eos] pad...` -> logits (B, L - 1, V) for ids[:, 1:].
+
+        `grid`: (h, w) of a picture that is not square.
+        """
+        return self._need(self.text_decoder, "text decoder")(tokens, caption_ids[:, :-1], grid)
 
     def caption(
         self,
         images: Tensor | None = None,
         *,
         tokens: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
         num_beams: int = 1,
         max_length: int | None = None,
     ) -> list[str]:
-        """Captions of images (B, 3, H, W) in [-1, 1], or of their tokens; greedy, or beam search for num_beams > 1."""
+        """Captions of images (B, 3, H, W) in [-1, 1], or of their tokens; greedy, or beam search for num_beams > 1.
+
+        `grid`: (h, w) of the tokens of a picture that is not square.
+        """
         decoder, tokenizer = self._need(self.text_decoder, "text decoder"), self._need_tokenizer()
         if (images is None) == (tokens is None):
             raise ValueError("caption needs either images or tokens")
@@ -177,11 +186,12 @@ class OpenVision3(nn.Module):
             if tokens is None:
                 assert images is not None
                 tokens = self.encode(images)
+                grid = images.shape[2] // self.config.downsampling, images.shape[3] // self.config.downsampling
             bos, eos = tokenizer.bos_id, tokenizer.eos_id
             if num_beams == 1:
-                ids = greedy_search(decoder, tokens, bos, eos, max_length)
+                ids = greedy_search(decoder, tokens, bos, eos, max_length, grid)
             else:
-                ids = beam_search(decoder, tokens, bos, eos, num_beams, max_length)
+                ids = beam_search(decoder, tokens, bos, eos, num_beams, max_length, grid=grid)
         return [tokenizer.decode(row) for row in ids.tolist()]
 
     def set_checkpointing(self, enabled: bool) -> None:

@@ -14,7 +14,9 @@ from openvision3.model.blocks import (
     Transformer,
     init_linear,
     init_projection,
+    sincos_positions,
 )
+from openvision3.model.encoder import square_grid
 
 _POSITION_STD = 0.01  # learned positions, as CLIP's text tower
 
@@ -91,13 +93,20 @@ class CaptionDecoder(nn.Module):
 
     How the tokens enter is not stated in the paper. "cross": each block attends to the normalised tokens; "prefix":
     they are projected and put before the text, with full attention among themselves and causal attention over the
-    text.
+    text. With `image_positions`, the tokens' places (as the encoder's, see `ModelConfig.positions`), times that factor,
+    are added to the normalised tokens.
     """
 
-    def __init__(self, config: TextDecoderConfig, image_width: int, path: AttentionPath):
+    def __init__(
+        self,
+        config: TextDecoderConfig,
+        image_width: int,
+        path: AttentionPath,
+        position_extent: tuple[int, int] | None = None,
+    ):
         super().__init__()
         size = config.transformer
-        self.config, cross = config, config.image_input == "cross"
+        self.config, self.extent, cross = config, position_extent, config.image_input == "cross"
         self.image_norm = nn.LayerNorm(image_width, eps=size.norm_eps)
         self.image_projection = None if cross else nn.Linear(image_width, size.width)
         self.embedding = TextEmbedding(config.vocab_size, config.context_length, size.width)
@@ -106,10 +115,13 @@ class CaptionDecoder(nn.Module):
         if self.image_projection is not None:
             init_linear(self.image_projection)
 
-    def forward(self, tokens: Tensor, ids: Tensor) -> Tensor:
-        """Image tokens (B, N, W_enc) and input ids (B, L) -> logits (B, L, V) of the token after each input."""
+    def forward(self, tokens: Tensor, ids: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Image tokens (B, N, W_enc) and input ids (B, L) -> logits (B, L, V) of the token after each input.
+
+        `grid`: rows and columns of a picture that is not square; it matters to `image_positions` alone.
+        """
         length = ids.shape[1]
-        image, text = self.image_norm(tokens), self.embedding(ids)
+        image, text = self._image(tokens, grid), self.embedding(ids)
         if self.image_projection is None:
             x = self.transformer(text, causal_mask(length, 0, text.device), context=image)
         else:
@@ -118,9 +130,9 @@ class CaptionDecoder(nn.Module):
             x = self.transformer(x, causal_mask(length, prefix, text.device), first_query=prefix)
         return self._logits(x)
 
-    def start(self, tokens: Tensor) -> DecoderState:
-        """Reads the image tokens (B, N, W_enc) once."""
-        image, blocks = self.image_norm(tokens), self._blocks()
+    def start(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> DecoderState:
+        """Reads the image tokens (B, N, W_enc) once; `grid` as in `forward`."""
+        image, blocks = self._image(tokens, grid), self._blocks()
         if self.image_projection is None:
             cross: list[KeyValue | None] = [block.cross.project(image) for block in blocks if block.cross is not None]
             return DecoderState([None] * len(blocks), cross)
@@ -138,6 +150,14 @@ class CaptionDecoder(nn.Module):
             x, state.past[index] = block.step(x, cross=state.cross[index], past=state.past[index])
         state.length += 1
         return self._logits(x)[:, 0]
+
+    def _image(self, tokens: Tensor, grid: tuple[int, int] | None) -> Tensor:
+        image = self.image_norm(tokens)
+        if not self.config.image_positions:
+            return image
+        grid = grid or square_grid(tokens.shape[1])
+        positions = sincos_positions(grid, image.shape[2], image.device, self.extent)
+        return image + self.config.image_positions * positions.to(image.dtype)
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.transformer.blocks if isinstance(block, Block)]
