@@ -34,7 +34,7 @@ def make_config(image_input: Literal["prefix", "cross"] = "cross", **changes: An
     config = ModelConfig(
         "small", image_size=64, embed_dim=24, encoder=SIZE, decoder=TransformerConfig(48, 2, 3, mlp_width=80),
         text_encoder=TextEncoderConfig(SIZE, vocab_size, 16),
-        text_decoder=TextDecoderConfig(SIZE, vocab_size, 12, image_input=image_input),
+        text_decoder=TextDecoderConfig(SIZE, vocab_size, 12, image_input=image_input, image_positions=1.0),
     )  # fmt: skip
     return dataclasses.replace(config, **changes)
 

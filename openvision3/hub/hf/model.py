@@ -44,7 +44,7 @@ class OpenVision3Model(OpenVision3PreTrainedModel):
         self.text_decoder = (
             None
             if parts.text_decoder is None
-            else CaptionDecoder(parts.text_decoder, parts.encoder.width, parts.attention)
+            else CaptionDecoder(parts.text_decoder, parts.encoder.width, parts.attention, parts.position_extent)
         )
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         self.register_buffer("token_rms", torch.ones(()))
@@ -122,19 +122,26 @@ class OpenVision3Model(OpenVision3PreTrainedModel):
         pixel_values: Tensor | None = None,
         *,
         tokens: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
         num_beams: int = 1,
         max_length: int | None = None,
     ) -> Tensor:
-        """Ids (B, L) of captions of images (B, 3, H, W) in [-1, 1], or of their tokens; the processor decodes them."""
+        """Ids (B, L) of captions of images (B, 3, H, W) in [-1, 1], or of their tokens; the processor decodes them.
+
+        `grid`: (h, w) of the tokens of a picture that is not square.
+        """
         decoder, bos, eos = self._need(self.text_decoder, "text decoder"), *self._caption_ids()
         if (pixel_values is None) == (tokens is None):
             raise ValueError("caption needs either pixel_values or tokens")
         if tokens is None:
+            assert pixel_values is not None
             tokens = self.get_image_features(pixel_values=pixel_values).last_hidden_state
+            step = self.config.vision_config.patch_size
+            grid = pixel_values.shape[2] // step, pixel_values.shape[3] // step
         assert tokens is not None
         if num_beams == 1:
-            return greedy_search(decoder, tokens, bos, eos, max_length)
-        return beam_search(decoder, tokens, bos, eos, num_beams, max_length)
+            return greedy_search(decoder, tokens, bos, eos, max_length, grid)
+        return beam_search(decoder, tokens, bos, eos, num_beams, max_length, grid=grid)
 
     def _caption_ids(self) -> tuple[int, int]:
         bos, eos = self.config.bos_token_id, self.config.eos_token_id
