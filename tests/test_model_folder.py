@@ -73,7 +73,7 @@ def test_encode_decode_embed_and_caption(model):
     torch.testing.assert_close(torch.nn.functional.normalize(pooled, dim=-1), model.embed_image(images))
     for beams in (1, 2):
         captions = model.caption(images, num_beams=beams, max_length=5)
-        assert captions == model.caption(tokens=tokens, num_beams=beams, max_length=5)
+        assert captions == model.caption(tokens=tokens, grid=(2, 4), num_beams=beams, max_length=5)
         assert len(captions) == 2 and all(isinstance(caption, str) for caption in captions)
     with pytest.raises(OpenVisionError, match="grid="):
         model.decode(tokens)
