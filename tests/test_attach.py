@@ -219,10 +219,39 @@ def test_a_resumed_run_ends_the_same(tmp_path: Path, init: Path) -> None:
         assert torch.equal(tensor, old[name]) != trained or tensor.std() == 0, name
 
     shutil.rmtree(tmp_path / "part" / "checkpoints" / "step_6")
-    old["encoder.class_token"] += 1
-    save_file(old, init / "model.safetensors")
-    with pytest.raises(OpenVisionError, match="has other weights than when"):
+    for name in ("encoder.class_token", "vae.encoder.linear.weight"):  # the VAE is in that folder too
+        save_file(old | {name: old[name] + 1}, init / "model.safetensors")
+        with pytest.raises(OpenVisionError, match="has other weights than when"):
+            train(resumed, "cpu")
+
+
+def test_a_run_on_clip_ends_the_same_after_a_resume(tmp_path: Path) -> None:
+    clip = save_transformers(tmp_path / "clip", "clip")  # pictures of 32 px
+    config = replace(small(clip, tmp_path / "whole", tmp_path / "vae"), checkpoint_every=8)
+    train(config, "cpu")
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    shutil.rmtree(tmp_path / "part" / "model")
+    for path in checkpoints(tmp_path / "part" / "checkpoints")[1:]:
+        shutil.rmtree(path)
+    resumed = replace(config, out=str(tmp_path / "part"))
+    train(resumed, "cpu")
+    whole, part = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "part"))
+    assert whole.keys() == part.keys() and all(torch.equal(whole[name], part[name]) for name in whole)
+
+    shutil.rmtree(tmp_path / "part" / "model")
+    shutil.rmtree(checkpoints(tmp_path / "part" / "checkpoints")[-1])
+    weights = load_file(clip / "model.safetensors")
+    first = next(name for name in weights if name.startswith("vision_model"))
+    save_file(weights | {first: weights[first] + 1}, clip / "model.safetensors", {"format": "pt"})
+    with pytest.raises(OpenVisionError, match="sha256 is .* expected .*external.source"):
         train(resumed, "cpu")
+
+
+def test_a_kept_text_tower_needs_its_tokenizer(tmp_path: Path, init: Path) -> None:
+    config = small(init, tmp_path / "run", tmp_path / "vae")
+    (init / "tokenizer.json").unlink()
+    with pytest.raises(OpenVisionError, match="has no tokenizer.json.*--attach text_encoder text_decoder"):
+        setup.build_model(config, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("micro_batch", [0, 3])

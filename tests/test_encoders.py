@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 import openvision3
-from openvision3.config import ExternalEncoderConfig, OpenVisionError
+from openvision3.config import ExternalEncoderConfig, ModelConfig, OpenVisionError, TransformerConfig
 from openvision3.hub.encoders import (
     ForeignEncoder,
     TokenEncoder,
@@ -22,6 +22,7 @@ from openvision3.hub.encoders import (
     load_token_encoder,
     weights_sha256,
 )
+from openvision3.model.openvision3 import OpenVision3
 from openvision3.vae import load_vae
 
 TRANSFORMERS = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
@@ -107,6 +108,19 @@ def test_ours_and_the_released_format(tiny_model: Path, tmp_path: Path) -> None:
     assert encoder_kind(released) == "openvision3" and encoder.width == 64
     expected = openvision3.load(released, vae=None, device="cpu").encode_latents(vae.encode(pixels))
     close(encoder(pixels), expected)
+    clip = save_transformers(tmp_path / "clip", "clip_vision_model")
+    torch.manual_seed(0)
+    external = ModelConfig(
+        image_size=32,
+        encoder=TransformerConfig(32, 2, 2),
+        decoder=None,
+        text_encoder=None,
+        text_decoder=None,
+        external=ExternalEncoderConfig(str(clip)),
+    )
+    OpenVision3(external).save(tmp_path / "on_clip")
+    encoder = load_token_encoder(tmp_path / "on_clip")
+    assert (encoder.native_size, encoder.grid(32, 32)) == (32, (2, 2))  # pictures of no other size
 
 
 def test_frozen_whatever_is_asked_for(tmp_path: Path) -> None:

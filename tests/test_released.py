@@ -96,9 +96,9 @@ def test_it_can_be_saved_as_a_model_folder(folder, tmp_path):
 
 def test_what_it_lacks_is_named():
     model = load_released(GOLDEN, vae=None)
-    with pytest.raises(OpenVisionError, match="no decoder.*demo"):
+    with pytest.raises(OpenVisionError, match="no decoder.*`ov3 train attach_decoder --init MODEL`"):
         model.decode_latents(torch.zeros(1, 16, 64))
-    with pytest.raises(OpenVisionError, match="no text encoder"):
+    with pytest.raises(OpenVisionError, match="no text encoder.*`ov3 train attach_text --init MODEL`"):
         model.embed_text(["a panda"])
 
 

@@ -26,7 +26,8 @@ class Run(Generic[Config]):
 
     config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
     device: str = "auto"  # auto: cuda, then mps, then cpu
-    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # print the resolved recipe and stop
+    # print the resolved recipe and stop; nothing is fetched but a hub id's --init
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
 def train(args: list[str]) -> int:

@@ -154,17 +154,12 @@ def load_token_encoder(
     and nothing else. Raises `OpenVisionError` with one line where the folder is of no known kind, is broken, or its
     library is not installed.
     """
-    folder = encoder_folder(source)
+    folder = model_folder(str(source))
     kind = encoder_kind(folder)
     if kind == "openvision3":
         return OpenVisionEncoder(load(folder, vae, device, dtype))
     encoder = _open_clip_encoder(folder) if kind == "open_clip" else _transformers_encoder(folder)
     return encoder.to(device=device, dtype=dtype)
-
-
-def encoder_folder(source: str | Path) -> Path:
-    """The folder itself, or the local snapshot of a hub repository."""
-    return model_folder(str(source))
 
 
 def encoder_kind(folder: Path) -> Kind:
@@ -189,7 +184,7 @@ def encoder_kind(folder: Path) -> Kind:
 def load_external(config: ExternalEncoderConfig, device: torch.device | str, dtype: torch.dtype) -> FrozenEncoder:
     """Loads the encoder that a model names; raises `OpenVisionError` where it can't be had or has other weights."""
     try:
-        folder = encoder_folder(config.source)
+        folder = model_folder(config.source)
         if config.sha256 and (found := weights_sha256(folder)) != config.sha256:
             raise OpenVisionError(f"{folder}: the weights' sha256 is {found}, expected {config.sha256}")
         return load_token_encoder(folder, device=device, dtype=dtype)

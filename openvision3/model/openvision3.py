@@ -239,8 +239,9 @@ class OpenVision3(nn.Module):
 
     def _need(self, part: Part | None, name: str) -> Part:
         if part is None:
+            recipe = "attach_decoder" if name == "decoder" else "attach_text"
             raise OpenVisionError(
-                f"model {self.config.name!r} has no {name}; models trained by `ov3 train`, such as 'demo', have one"
+                f"model {self.config.name!r} has no {name}; `ov3 train {recipe} --init MODEL` gives it one"
             )
         return part
 

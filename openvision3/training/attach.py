@@ -14,8 +14,8 @@ from openvision3.config import (
     TransformerConfig,
 )
 from openvision3.data.tokenizer import demo_tokenizer
-from openvision3.hub.encoders import encoder_folder, encoder_kind, load_token_encoder, weights_sha256
-from openvision3.hub.load import load
+from openvision3.hub.encoders import encoder_kind, load_token_encoder, weights_sha256
+from openvision3.hub.load import load, model_folder
 from openvision3.hub.released import is_released_folder
 from openvision3.model.folder import read_description
 from openvision3.model.openvision3 import OpenVision3
@@ -37,11 +37,13 @@ def attached(config: TrainConfig) -> TrainConfig:
         raise OpenVisionError(
             f"recipe {config.recipe} starts from an encoder: give its folder or hub id as --init MODEL"
         )
-    folder, freeze = encoder_folder(config.init), config.freeze
-    if encoder_kind(folder) == "openvision3":
-        model = load(folder, vae=None, device="cpu").config
-    else:
+    folder, freeze = model_folder(config.init), config.freeze
+    if encoder_kind(folder) != "openvision3":
         model = _external_model(config.init, folder, config.model)
+    elif is_released_folder(folder):
+        model = load(folder, vae=None, device="cpu").config  # the weights say how its positions are made
+    else:
+        model = read_description(folder)[0]
     if model.external is not None and model.text_encoder is None:
         freeze = tuple(part for part in freeze if part != "head")  # no one has trained it yet
     model = _with_parts(model, config)
@@ -55,7 +57,7 @@ def load_initial(config: TrainConfig) -> OpenVision3 | None:
     It has its VAE where parts are attached, its folder holds the VAE and the run has no other. Raises
     `OpenVisionError` for CLIP or SigLIP where the recipe's model has an encoder of its own.
     """
-    folder = encoder_folder(config.init)
+    folder = model_folder(config.init)
     if encoder_kind(folder) != "openvision3":
         if config.model.external is None:
             raise OpenVisionError(

@@ -22,8 +22,9 @@ from openvision3.vae import TINY_FOLDER, FrozenVAE, load_vae
 
 
 def dry_run(config: TrainConfig | VAETrainConfig, device: str = "auto") -> str:
-    """The text that `ov3 train RECIPE --dry-run` prints. Nothing is written, fetched or trained.
+    """The text that `ov3 train RECIPE --dry-run` prints. Nothing is written or trained.
 
+    Nothing is fetched but the encoder that `config.init` names, where that is a hub id: it settles the sizes.
     Raises `OpenVisionError` for a recipe that can't run whatever is there.
     """
     place = resolve_device(device)

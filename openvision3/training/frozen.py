@@ -48,12 +48,12 @@ def trained_losses(config: ModelConfig, frozen: Collection[ModelPart]) -> set[st
 
 
 def unsaved(model: OpenVision3, frozen: Collection[ModelPart]) -> tuple[str, ...]:
-    """Name prefixes of the tensors that a checkpoint leaves out: the VAE's, and the frozen parts' (`init` has them)."""
-    return (VAE, *(f"model.{name}" for name, _ in _frozen_tensors(model, frozen)))
+    """Names of the tensors that a checkpoint leaves out: the VAE's, and the frozen parts' (`init` has them)."""
+    return tuple(f"model.{name}" for name, _ in _frozen_tensors(model, frozen))
 
 
 def fingerprint(model: OpenVision3, frozen: Collection[ModelPart]) -> str:
-    """sha256 (hex) of the frozen parts' tensors; empty where nothing is frozen."""
+    """sha256 (hex) of the frozen parts' and the VAE's tensors (`init` may have both); empty where no part is frozen."""
     if not frozen:
         return ""
     digest = hashlib.sha256()
@@ -64,6 +64,6 @@ def fingerprint(model: OpenVision3, frozen: Collection[ModelPart]) -> str:
 
 
 def _frozen_tensors(model: OpenVision3, frozen: Collection[ModelPart]) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in named_tensors({"": model}).items():
-        if part_of(name[1:]) in frozen:
-            yield name[1:], tensor
+    for name, tensor in named_tensors({"model": model}).items():
+        if name.startswith(VAE) or part_of(name[6:]) in frozen:
+            yield name[6:], tensor

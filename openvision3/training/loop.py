@@ -51,8 +51,8 @@ class Run:
     resume: Path | None  # checkpoint that this process goes on from
     step: int  # optimizer steps done
     bad_samples: int  # unusable ones met so far
-    unsaved: tuple[str, ...]  # name prefixes of the tensors that checkpoints leave out
-    frozen_sha256: str  # of the frozen parts, which come from `config.init`; empty: there are none
+    unsaved: tuple[str, ...]  # names of the tensors that checkpoints leave out
+    frozen_sha256: str  # of the frozen parts, which come from `config.init`, and the VAE; empty: there are none
 
 
 def train(config: TrainConfig, device: str = "auto", evaluate: Evaluate | None = None) -> Path:
@@ -74,7 +74,9 @@ def train(config: TrainConfig, device: str = "auto", evaluate: Evaluate | None =
         state = load_checkpoint(resume, {"model": model}, ignore=left_out) if resume else {}
         frozen_sha256 = fingerprint(model, config.frozen)
         if state.get("frozen_sha256", frozen_sha256) != frozen_sha256:
-            raise OpenVisionError(f"{config.init} has other weights than when {folder} began; it can't be resumed")
+            raise OpenVisionError(
+                f"{config.init} or the VAE has other weights than when {folder} began; it can't be resumed"
+            )
         precision = settle_precision(config, folder, model, stages[0])
         step, seen = (checkpoint_step(resume), state["samples_seen"]) if resume else (0, 0)
         total = stages[-1].last_sample

@@ -81,13 +81,21 @@ def build_model(config: TrainConfig, device: torch.device, random: bool = True) 
 
 
 def choose_tokenizer(config: TrainConfig, source: OpenVision3 | None) -> CaptionTokenizer | None:
-    """The tokenizer of the model that a text tower is kept from, else the one that fits the towers."""
+    """The tokenizer of the model that a text tower is kept from, else the one that fits the towers.
+
+    Raises `OpenVisionError` where there is none.
+    """
     towers: dict[ModelPart, object] = {
         "text_encoder": config.model.text_encoder,
         "text_decoder": config.model.text_decoder,
     }
     kept = any(part is not None and name not in config.attach for name, part in towers.items())
     if config.attach and kept and source is not None:
+        if source.tokenizer is None:
+            raise OpenVisionError(
+                f"init: {config.init} has no tokenizer.json, which the text tower that is kept needs; put it there, "
+                "or make both towers anew: --attach text_encoder text_decoder"
+            )
         return source.tokenizer
     return build_tokenizer(config.model)
 
