@@ -136,7 +136,7 @@ class OpenVision3Model(OpenVision3PreTrainedModel):
         if tokens is None:
             assert pixel_values is not None
             tokens = self.get_image_features(pixel_values=pixel_values).last_hidden_state
-            step = self.config.vision_config.patch_size
+            step = self.vision_model.config.patch_size
             grid = pixel_values.shape[2] // step, pixel_values.shape[3] // step
         assert tokens is not None
         if num_beams == 1:
