@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from encoder_folders import save_transformers
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -21,8 +23,16 @@ from safetensors.torch import load_file
 from openvision3 import cli
 from openvision3.commands import encode
 from openvision3.commands.pictures import prepare
-from openvision3.config import OpenVisionError
-from openvision3.data.token_shards import Encoding, ShardWriter, TokenFolder, open_for_writing, read_index, write_index
+from openvision3.config import ExternalEncoderConfig, ModelConfig, OpenVisionError, TransformerConfig
+from openvision3.data.token_shards import (
+    Encoding,
+    Place,
+    ShardWriter,
+    TokenFolder,
+    open_for_writing,
+    read_index,
+    write_index,
+)
 from openvision3.model.openvision3 import OpenVision3
 
 COUNT = 13
@@ -88,7 +98,8 @@ def assert_complete(out: Path, tiny_model: Path, pictures: Path) -> None:
     names = {path.relative_to(pictures).as_posix() for path in pictures.rglob("*.png")}
     assert set(rows) == names
     index = json.loads((out / "index.json").read_text())
-    assert {key: (index["shards"][number], row) for key, (number, row) in index["pictures"].items()} == rows
+    listed = index["pictures"].items()
+    assert {key: (index["shards"][number], row) for key, (number, row, _) in listed} == rows
     for key in names:
         shard, row = rows[key]
         with torch.no_grad():
@@ -180,7 +191,7 @@ def test_killed_ten_times(ov3: Ov3, tiny_model: Path, tmp_path: Path, encoded: l
     source, out, rng = tmp_path / "many", tmp_path / "tokens", random.Random(0)
     for i in range(120):
         picture(source / f"{i}.png", 64, 64, seed=i)
-    finished: dict[str, tuple[str, int]] = {}
+    finished: dict[str, Place] = {}
     for _ in range(10):
         there = len(list(out.glob("tokens-*.safetensors")))
         kill_after(there + rng.randint(0, 2), out, *command_line(out, tiny_model, source))
@@ -220,6 +231,23 @@ def test_torchrun(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
     assert_complete(tmp_path / "tokens", tiny_model, pictures)
 
 
+@pytest.mark.slow
+def test_a_process_that_fails_waits_for_the_others(tiny_model: Path, tmp_path: Path) -> None:
+    """torchrun ends the others as soon as one has failed: here one with a single picture, which is broken."""
+    source, out = tmp_path / "source", tmp_path / "tokens"
+    ranks = {f"{i}.png": zlib.crc32(f"{i}.png".encode()) % 2 for i in range(600)}
+    good = [name for name, rank in ranks.items() if rank == 0]
+    for name in good:
+        picture(source / name, 64, 64, 0)
+    broken = next(name for name, rank in ranks.items() if rank == 1)
+    (source / broken).write_text("no picture")
+    program, environment = command_line(out, tiny_model, source)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program[1:]]
+    done = subprocess.run(torchrun, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1 and done.stderr.count(f"{source / broken}:") == 1
+    assert sorted(read_index(out)) == sorted(good)
+
+
 def test_wrong_shares_of_work_are_refused(monkeypatch: pytest.MonkeyPatch, ov3: Ov3, tmp_path: Path) -> None:
     for rank, world in (("2", "2"), ("-1", "2"), ("x", "2")):
         monkeypatch.setenv("RANK", rank)
@@ -240,7 +268,7 @@ def test_the_index_has_what_another_process_finishes_while_it_is_merged(
 
     def shard(rank: int, key: str) -> None:
         writer = ShardWriter(tmp_path, encoding, rank, 1000, 100.0)
-        writer.add([key], torch.zeros(1, 4, 2), torch.zeros(1, 1), (2, 2), [(32, 32)])
+        writer.add([key], torch.zeros(1, 4, 2), torch.zeros(1, 1), (2, 2), [(32, 32)], [7])
         writer.flush()
 
     shard(0, "a")
@@ -360,9 +388,53 @@ def test_folders_that_are_something_else_or_in_use_are_refused(
         code, err = ov3(out)
         assert code == 2 and "in use by another process" in err
         holder.communicate()
-    for wrong in ("0", "-1", "nan"):
-        assert ov3(tmp_path / "no", "--shard-mb", wrong)[0] == 2
-    assert not (tmp_path / "no").exists()
+
+
+def test_wrong_options_leave_nothing(ov3: Ov3, tmp_path: Path) -> None:
+    on_clip = OpenVision3(
+        ModelConfig(
+            image_size=32,
+            encoder=TransformerConfig(32, 2, 2),
+            decoder=None,
+            text_encoder=None,
+            text_decoder=None,
+            external=ExternalEncoderConfig(str(save_transformers(tmp_path / "clip", "clip_vision_model"))),
+        )
+    )
+    on_clip.save(tmp_path / "on_clip")
+    for options, words in (
+        (["--shard-mb", "0"], "--shard-mb 0"),
+        (["--shard-mb", "-1"], "--shard-mb -1"),
+        (["--shard-mb", "nan"], "--shard-mb nan"),
+        (["--shard-mb", "inf"], "--shard-mb inf"),
+        (["--size", "50"], "multiple of 16"),
+        (["--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--native-size", "--max-side", "8"], "--max-side 16"),
+        (["--native-size", "--model", tmp_path / "on_clip"], "reads pictures of 32 x 32 pixels alone"),
+    ):
+        code, err = ov3(tmp_path / "no", *options)
+        assert code == 2 and words in err and not (tmp_path / "no").exists(), (options, err)
+
+
+def test_a_folder_without_shards_takes_another_encoding(ov3: Ov3, tmp_path: Path, pictures: Path) -> None:
+    """As a command leaves it that ended before its first shard."""
+    with open_for_writing(tmp_path / "tokens", Encoding("f", 2, 1, 16, 32, None, "fp32"), 0, 1):
+        pass
+    assert ov3(tmp_path / "tokens")[0] == 0 and len(TokenFolder(tmp_path / "tokens")) == COUNT
+
+
+def test_another_picture_under_a_known_key_is_named(ov3: Ov3, tmp_path: Path, encoded: list[int]) -> None:
+    source, out = tmp_path / "source", tmp_path / "tokens"
+    for name in "ab":
+        picture(source / f"{name}.png", 64, 64, 0)
+    assert ov3(out, source=source)[0] == 0
+    picture(source / "b.png", 80, 64, 1)
+    for index in (True, False):
+        if not index:
+            (out / "index.json").unlink()
+        code, err = ov3(out, source=source)
+        assert code == 1 and err.count("choose another --out") == 1 and f"{source / 'b.png'}: has" in err
+        assert "as 'b.png' had" in err and "1 failed" in err and sum(encoded) == 2
 
 
 def test_two_pictures_with_one_key_are_refused(ov3: Ov3, tmp_path: Path) -> None:
@@ -398,14 +470,14 @@ def test_a_taken_away_shards_name_does_not_come_back_with_its_old_rows(tmp_path:
     def add(key: str) -> None:
         with open_for_writing(tmp_path, encoding, 0, 1):
             writer = ShardWriter(tmp_path, encoding, 0, 1000, 100.0)
-            writer.add([key], torch.zeros(1, 4, 2), torch.zeros(1, 1), (2, 2), [(32, 32)])
+            writer.add([key], torch.zeros(1, 4, 2), torch.zeros(1, 1), (2, 2), [(32, 32)], [7])
             writer.flush()
 
     add("a")
     write_index(tmp_path)
     (tmp_path / "tokens-0000-000000.safetensors").unlink()
     add("b")
-    assert read_index(tmp_path) == {"b": ("tokens-0000-000000.safetensors", 0)}
+    assert read_index(tmp_path) == {"b": ("tokens-0000-000000.safetensors", 0, 7)}
 
 
 def test_a_shard_waits_no_longer_than_it_may(tmp_path: Path) -> None:
@@ -413,8 +485,8 @@ def test_a_shard_waits_no_longer_than_it_may(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, encoding, 0, 10**9, shard_seconds=0.0)
     for key in "ab":
         time.sleep(0.002)
-        writer.add([key], torch.zeros(1, 4, 2), torch.zeros(1, 1), (2, 2), [(32, 32)])
-    assert Counter(shard for shard, _ in read_index(tmp_path).values()) == {
+        writer.add([key], torch.zeros(1, 4, 2), torch.zeros(1, 1), (2, 2), [(32, 32)], [7])
+    assert Counter(place.shard for place in read_index(tmp_path).values()) == {
         "tokens-0000-000000.safetensors": 1,
         "tokens-0000-000001.safetensors": 1,
     }

@@ -1,5 +1,6 @@
 """`ov3 encode`: pictures to tokens, a file beside each, or one folder of shards for many."""
 
+import math
 import os
 import sys
 import zlib
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from openvision3.commands import common
-from openvision3.commands.batching import BatchOptions, OutputOptions, Runner, find, square
+from openvision3.commands.batching import BatchOptions, OutputOptions, Runner, check_options, find, square
 from openvision3.commands.common import ModelOptions
 from openvision3.commands.inference import Batching, Images, Model, Output, token_grid
 from openvision3.commands.pictures import Picture
@@ -45,7 +46,8 @@ def encode(
     """Writes each picture's tokens (N, D) and pooled embedding (E) as safetensors: beside it, or with --out in shards.
 
     A folder of shards (--out) takes any number of pictures. The command may be stopped at any moment, and the same
-    command goes on: what is in the folder is not encoded again. Under torchrun the processes share the work.
+    command goes on: what is in the folder is not encoded again. A picture is known by its path inside its folder; one
+    whose file has another length by now is reported and left alone. Under torchrun the processes share the work.
 
     Args:
         images: pictures, and folders of pictures.
@@ -96,8 +98,8 @@ def encode_to_shards(
 
     Raises `RunInterrupted` after SIGINT or SIGTERM, with all that was encoded saved.
     """
-    if not shard_mb > 0:
-        raise OpenVisionError(f"--shard-mb {shard_mb}: expected a size above 0")
+    if not 0 < shard_mb < math.inf:
+        raise OpenVisionError(f"--shard-mb {shard_mb}: expected a finite size above 0")
     rank, world = share_of_work()
     if world > 1 and output.json is not None:
         raise OpenVisionError("--json: each process would write it; leave it out under torchrun")
@@ -105,6 +107,7 @@ def encode_to_shards(
     _check_keys(found.pictures)
     loaded = common.load_model(on_own_device(model, world))
     batching = batching if native_size else square(loaded, batching)
+    check_options(loaded, batching)
 
     from openvision3.data.token_shards import ShardWriter, open_for_writing, read_index, write_index
     from openvision3.training.run_folder import RunInterrupted, StopRequest
@@ -115,6 +118,12 @@ def encode_to_shards(
         done = read_index(out)
         found.pictures = [picture for picture in share if picture.key not in done]
         already = len(share) - len(found.pictures)
+        for picture in share:
+            if picture.key in done and (now := _file_bytes(picture.path)) != (then := done[picture.key].file_bytes):
+                found.fail(
+                    f"{picture.path}: has {now} bytes, and what is in {out} as {picture.key!r} had {then}: another "
+                    "picture, or a changed one; choose another --out"
+                )
         if already:
             print(f"{already} of {len(share)} pictures are in {out} already: not encoded again", file=sys.stderr)
         writer = ShardWriter(out, encoding, rank, int(shard_mb * 1e6), SHARD_SECONDS)
@@ -126,7 +135,8 @@ def encode_to_shards(
             tokens = loaded.encode(pixels)
             sizes = [picture.size for picture in pictures]
             keys = [picture.key for picture in pictures]
-            writer.add(keys, tokens, loaded.pool(tokens), token_grid(loaded, pixels), sizes)
+            lengths = [_file_bytes(picture.path) for picture in pictures]
+            writer.add(keys, tokens, loaded.pool(tokens), token_grid(loaded, pixels), sizes, lengths)
             return []
 
         try:
@@ -134,6 +144,7 @@ def encode_to_shards(
         finally:
             writer.flush()
         write_index(out)
+    wait_for_all(world)
     return outcome.finish(output, {"model": model.model, "out": str(out), "already": already})
 
 
@@ -147,6 +158,19 @@ def share_of_work() -> tuple[int, int]:
     return int(values[0]), int(values[1])
 
 
+def wait_for_all(world: int) -> None:
+    """Returns when all of torchrun's processes are here: it kills the others when one ends with a failure."""
+    if world == 1 or "MASTER_ADDR" not in os.environ:
+        return
+    from datetime import timedelta
+
+    from torch import distributed
+
+    distributed.init_process_group("gloo", timeout=timedelta(days=30))
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
 def on_own_device(model: ModelOptions, world: int) -> ModelOptions:
     """The same options, and of several processes each on the CUDA device of its LOCAL_RANK where there are any."""
     import torch
@@ -155,6 +179,14 @@ def on_own_device(model: ModelOptions, world: int) -> ModelOptions:
     if world == 1 or model.device != "auto" or not devices:
         return model
     return replace(model, device=f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % devices}")
+
+
+def _file_bytes(path: Path) -> int:
+    """The file's length; -1 of one that is gone."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def _check_keys(pictures: list[Picture]) -> None:

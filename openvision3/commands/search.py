@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from openvision3.commands import common
-from openvision3.commands.batching import BatchOptions, OutputOptions, Runner, checked_size, square
+from openvision3.commands.batching import BatchOptions, OutputOptions, Runner, check_options, square
 from openvision3.commands.common import ModelOptions
 from openvision3.commands.inference import Batching, Model, Output
 from openvision3.commands.pictures import Found, Picture, has_picture_extension, is_picture_name, prepare, walk
@@ -61,7 +61,7 @@ def search(
         )
     started = time.perf_counter()
     batching = square(loaded, batching)
-    checked_size(loaded, batching.size or 0)
+    check_options(loaded, batching)
     query = _query(loaded, batching, text, like)
     cache = _open_cache(images, loaded, batching)
     encoded, failed = update(cache, loaded, batching)
