@@ -9,7 +9,7 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 
 from openvision3 import cli
 from openvision3.commands import encode
+from openvision3.commands.common import ModelOptions
 from openvision3.commands.pictures import prepare
-from openvision3.config import ExternalEncoderConfig, ModelConfig, OpenVisionError, TransformerConfig
+from openvision3.config import ExternalEncoderConfig, ModelConfig, OpenVisionError, TransformerConfig, to_dict
 from openvision3.data.token_shards import (
     Encoding,
     Place,
@@ -174,15 +175,17 @@ def command_line(out: Path, tiny_model: Path, pictures: Path, batch_size: int = 
     return [str(part) for part in program], environment
 
 
-def test_killed_in_the_middle(ov3: Ov3, tiny_model: Path, pictures: Path, tmp_path: Path, encoded: list[int]) -> None:
-    out = tmp_path / "tokens"
-    kill_after(2, out, *command_line(out, tiny_model, pictures))
+def test_killed_in_the_middle(ov3: Ov3, tiny_model: Path, tmp_path: Path, encoded: list[int]) -> None:
+    source, out, count = tmp_path / "many", tmp_path / "tokens", 60
+    for i in range(count):
+        picture(source / f"{i}.png", 64, 64, seed=i)
+    kill_after(2, out, *command_line(out, tiny_model, source))
     finished = read_index(out)
-    assert 8 <= len(finished) < COUNT
+    assert 8 <= len(finished) < count
     (out / ".tokens-0000-000009.1.tmp.safetensors").write_bytes(b"half")  # as a kill within a write leaves it
-    assert ov3(out)[0] == 0
-    assert sum(encoded) == COUNT - len(finished)
-    assert_complete(out, tiny_model, pictures)
+    assert ov3(out, source=source)[0] == 0
+    assert sum(encoded) == count - len(finished)
+    assert_complete(out, tiny_model, source)
 
 
 @pytest.mark.slow
@@ -215,11 +218,20 @@ def test_processes_share_the_work_and_may_become_more_or_fewer(
     for rank, world in ((1, 3), (0, 2), (1, 2), (0, 1)):  # of three processes two were killed before they began
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(world))
-        assert ov3(out)[0] == 0
+        code, err = ov3(out)
+        assert code == 0 and (f"process {rank} of {world}: " in err) == (world > 1)
         counts.append(len(read_index(out)))
     assert 0 < counts[0] < counts[1] < counts[2] == COUNT
     assert sum(encoded) == COUNT
     assert_complete(out, tiny_model, pictures)
+
+
+def test_processes_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for asked, given in (("auto", "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")):
+        assert encode.on_own_device(ModelOptions(device=asked), world=4).device == given
+    assert encode.on_own_device(ModelOptions(device="cuda"), world=1).device == "cuda"
 
 
 @pytest.mark.slow
@@ -410,6 +422,8 @@ def test_wrong_options_leave_nothing(ov3: Ov3, tmp_path: Path) -> None:
         (["--size", "50"], "multiple of 16"),
         (["--batch-size", "0"], "--batch-size must be at least 1"),
         (["--native-size", "--max-side", "8"], "--max-side 16"),
+        (["--native-size", "--size", "64"], "leave out --size"),
+        (["--max-side", "64"], "pass --native-size too"),
         (["--native-size", "--model", tmp_path / "on_clip"], "reads pictures of 32 x 32 pixels alone"),
     ):
         code, err = ov3(tmp_path / "no", *options)
@@ -437,6 +451,34 @@ def test_another_picture_under_a_known_key_is_named(ov3: Ov3, tmp_path: Path, en
         assert "as 'b.png' had" in err and "1 failed" in err and sum(encoded) == 2
 
 
+def test_a_folder_that_another_process_makes_meanwhile_is_entered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoding, iterdir = Encoding("f", 2, 1, 16, 32, None, "fp32"), Path.iterdir
+
+    def late(self: Path) -> Iterator[Path]:
+        (self / "encoding.json").write_text(json.dumps(to_dict(encoding)))
+        return iterdir(self)
+
+    monkeypatch.setattr(Path, "iterdir", late)
+    with open_for_writing(tmp_path, encoding, 0, 2):
+        pass
+
+
+def test_broken_weights_write_nothing(ov3: Ov3, pictures: Path, tiny_model: Path, tmp_path: Path) -> None:
+    model = OpenVision3.load(tiny_model)
+    with torch.no_grad():
+        model.encoder.class_token.fill_(torch.nan)  # type: ignore[operator]
+    model.save(tmp_path / "broken")
+    code, err = ov3(tmp_path / "tokens", "--model", tmp_path / "broken")
+    assert code == 2 and "are not finite" in err and not read_index(tmp_path / "tokens")
+    source = tmp_path / "source" / "a.png"
+    picture(source, 64, 64, 0)
+    options = ["--model", str(tmp_path / "broken"), "--device", "cpu"]
+    assert cli.main(["encode", str(source), *options]) == 2
+    assert list(source.parent.iterdir()) == [source]
+
+
 def test_two_pictures_with_one_key_are_refused(ov3: Ov3, tmp_path: Path) -> None:
     picture(tmp_path / "x" / "a.png", 64, 64, 0)
     picture(tmp_path / "y" / "a.png", 64, 64, 1)
@@ -456,6 +498,12 @@ def test_a_shard_that_is_broken_is_named_and_one_that_is_taken_away_encoded_agai
     last.write_bytes(whole[:50])
     code, err = ov3(out)
     assert code == 2 and f"{last} is not a readable shard" in err
+    last.write_bytes(whole)
+    folder = TokenFolder(out)
+    key = next(key for key, place in folder.pictures.items() if place.shard == last.name)
+    last.write_bytes(whole[:50])
+    with pytest.raises(OpenVisionError, match=f"{last} is not a readable shard"):
+        folder[key]
     last.write_bytes(whole)
     assert ov3(out)[0] == 0 and sum(encoded) == COUNT
     last.unlink()

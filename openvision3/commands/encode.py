@@ -57,8 +57,14 @@ def encode(
         save_dtype: of the tokens on disk; embeddings are fp32.
         shard_mb: largest shard, in millions of bytes.
     """
+    if native_size and batching.size is not None:
+        raise OpenVisionError("--native-size keeps each picture's size: leave out --size")
+    if not native_size and batching.max_side != BatchOptions.max_side:
+        raise OpenVisionError("--max-side is for pictures that keep their size: pass --native-size too")
     if out is not None:
         return encode_to_shards(images, out, model, batching, output, native_size, save_dtype, shard_mb)
+    from openvision3.evaluation.retrieval import check_finite
+
     found = find(images, output, suffix)
     loaded = common.load_model(model)
     batching = batching if native_size else square(loaded, batching)
@@ -75,7 +81,7 @@ def encode(
         import torch
 
         tokens = loaded.encode(pixels)
-        embeddings = loaded.pool(tokens).float().cpu()
+        embeddings = check_finite(loaded.pool(tokens).float().cpu(), "image")
         tokens = tokens.to("cpu", torch.bfloat16 if save_dtype == "bf16" else torch.float32)
         grid = token_grid(loaded, pixels)
         return [partial(save, picture, tokens[i], embeddings[i], grid) for i, picture in enumerate(pictures)]
@@ -105,11 +111,13 @@ def encode_to_shards(
         raise OpenVisionError("--json: each process would write it; leave it out under torchrun")
     found = find(images, output)
     _check_keys(found.pictures)
+    pictures = len(found.pictures)
     loaded = common.load_model(on_own_device(model, world))
     batching = batching if native_size else square(loaded, batching)
     check_options(loaded, batching)
 
     from openvision3.data.token_shards import ShardWriter, open_for_writing, read_index, write_index
+    from openvision3.evaluation.retrieval import check_finite
     from openvision3.training.run_folder import RunInterrupted, StopRequest
 
     encoding = _describe(loaded, batching, save_dtype)
@@ -124,6 +132,8 @@ def encode_to_shards(
                     f"{picture.path}: has {now} bytes, and what is in {out} as {picture.key!r} had {then}: another "
                     "picture, or a changed one; choose another --out"
                 )
+        if world > 1:
+            print(f"process {rank} of {world}: {len(share)} of {pictures} pictures are its share", file=sys.stderr)
         if already:
             print(f"{already} of {len(share)} pictures are in {out} already: not encoded again", file=sys.stderr)
         writer = ShardWriter(out, encoding, rank, int(shard_mb * 1e6), SHARD_SECONDS)
@@ -135,8 +145,9 @@ def encode_to_shards(
             tokens = loaded.encode(pixels)
             sizes = [picture.size for picture in pictures]
             keys = [picture.key for picture in pictures]
+            embeddings = check_finite(loaded.pool(tokens).float().cpu(), "image")
             lengths = [_file_bytes(picture.path) for picture in pictures]
-            writer.add(keys, tokens, loaded.pool(tokens), token_grid(loaded, pixels), sizes, lengths)
+            writer.add(keys, tokens, embeddings, token_grid(loaded, pixels), sizes, lengths)
             return []
 
         try:
@@ -176,7 +187,7 @@ def on_own_device(model: ModelOptions, world: int) -> ModelOptions:
     import torch
 
     devices = torch.cuda.device_count()
-    if world == 1 or model.device != "auto" or not devices:
+    if world == 1 or model.device not in ("auto", "cuda") or not devices:
         return model
     return replace(model, device=f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % devices}")
 

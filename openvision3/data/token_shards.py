@@ -85,15 +85,18 @@ class TokenFolder:
 
     def __getitem__(self, key: str) -> Encoded:
         shard, row, _ = self.pictures[key]
-        with safe_open(self.folder / shard, "pt") as file:
-            tokens = file.get_slice("tokens")
-            if self.encoding.size is None:
-                start, stop = file.get_slice("offsets")[row : row + 2].tolist()
-                of_picture = tokens[start:stop]
-            else:
-                of_picture = tokens[row : row + 1][0]
-            grid, size = (tuple(file.get_slice(name)[row : row + 1][0].tolist()) for name in ("grid", "size"))
-            return Encoded(of_picture, file.get_slice("embedding")[row : row + 1][0], grid, size)
+        try:
+            with safe_open(self.folder / shard, "pt") as file:
+                tokens = file.get_slice("tokens")
+                if self.encoding.size is None:
+                    start, stop = file.get_slice("offsets")[row : row + 2].tolist()
+                    of_picture = tokens[start:stop]
+                else:
+                    of_picture = tokens[row : row + 1][0]
+                grid, size = (tuple(file.get_slice(name)[row : row + 1][0].tolist()) for name in ("grid", "size"))
+                return Encoded(of_picture, file.get_slice("embedding")[row : row + 1][0], grid, size)
+        except (SafetensorError, OSError) as error:
+            raise _broken(self.folder / shard, error) from None
 
 
 @contextmanager
@@ -103,17 +106,17 @@ def open_for_writing(folder: Path, encoding: Encoding, rank: int, world: int) ->
     Removes what a killed process of this rank left half written. Raises `OpenVisionError` for a folder that holds
     something else or another encoding, or that is in use.
     """
-    if folder.exists() and not (folder / ENCODING).exists():
-        strangers = (
-            [path.name for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else [""]
-        )
-        if strangers:
-            raise OpenVisionError(f"{folder} holds something that is no folder of tokens; choose another --out")
+    if folder.exists() and not folder.is_dir():
+        raise OpenVisionError(f"{folder} is no folder of tokens; choose another --out")
+    # listed first: another process may begin meanwhile
+    others = folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
+    if others and not (folder / ENCODING).exists():
+        raise OpenVisionError(f"{folder} holds something that is no folder of tokens; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f".lock-{rank}").open("a") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             raise OpenVisionError(f"{folder} is in use by another process (of rank {rank})") from None
         for leftover in folder.glob(".*.tmp.*" if world == 1 else f".tokens-{rank:04d}-*.tmp.*"):
             leftover.unlink(missing_ok=True)
@@ -242,9 +245,11 @@ def _keys(shard: Path) -> list[tuple[str, int]]:
             metadata = file.metadata()
         return list(zip(json.loads(metadata["keys"]), json.loads(metadata["file_bytes"]), strict=True))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise OpenVisionError(
-            f"{shard} is not a readable shard of tokens ({error}); remove it and encode again"
-        ) from None
+        raise _broken(shard, error) from None
+
+
+def _broken(shard: Path, error: Exception) -> OpenVisionError:
+    return OpenVisionError(f"{shard} is not a readable shard of tokens ({error}); remove it and encode again")
 
 
 def _write_json(path: Path, data: object) -> None:
