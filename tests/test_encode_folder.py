@@ -10,7 +10,9 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import openvision3
 from openvision3 import cli
 from openvision3.commands import encode
 from openvision3.commands.common import ModelOptions
@@ -35,9 +38,13 @@ from openvision3.data.token_shards import (
     write_index,
 )
 from openvision3.model.openvision3 import OpenVision3
+from openvision3.vae import TinyVAE
 
 COUNT = 13
 SHARD_MB = 0.009  # four pictures of 16 tokens of width 32, fp32: 2,112 bytes each
+ON_CLIP = ModelConfig(
+    image_size=32, encoder=TransformerConfig(32, 2, 2), decoder=None, text_encoder=None, text_decoder=None
+)
 
 
 def picture(path: Path, width: int, height: int, seed: int) -> None:
@@ -372,9 +379,28 @@ def test_a_text_towers_training_keeps_the_fingerprint(tiny_model: Path) -> None:
     assert model.text_encoder is not None and model.vae is not None
     with torch.no_grad():
         next(model.text_encoder.parameters()).add_(1)
+        next(cast(TinyVAE, model.vae).decoder.parameters()).add_(1)
         assert image_fingerprint(model) == before
-        next(model.vae.parameters()).add_(1)
-        assert image_fingerprint(model) != before
+        next(cast(TinyVAE, model.vae).encoder.parameters()).add_(1)
+        changed = image_fingerprint(model)
+        assert changed != before
+        model.encoder.class_token.copy_(model.encoder.class_token.flip(-1))  # type: ignore[operator,union-attr]
+        assert image_fingerprint(model) not in (before, changed)
+
+
+def test_an_activation_is_part_of_another_librarys_encoder(tmp_path: Path) -> None:
+    """Two towers of equal weights, one of quick_gelu, give other tokens."""
+    from openvision3.model.fingerprint import image_fingerprint
+
+    found = []
+    for act in ("quick_gelu", "gelu", "quick_gelu"):
+        folder = save_transformers(tmp_path / act, "clip_vision_model", hidden_act=act)
+        config = replace(ON_CLIP, external=ExternalEncoderConfig(str(folder)))
+        torch.manual_seed(0)
+        OpenVision3(config).save(tmp_path / f"{len(found)}")
+        model = openvision3.load(tmp_path / f"{len(found)}", device="cpu")
+        found.append(image_fingerprint(model))
+    assert found[0] == found[2] != found[1]
 
 
 def test_folders_that_are_something_else_or_in_use_are_refused(
@@ -403,17 +429,8 @@ def test_folders_that_are_something_else_or_in_use_are_refused(
 
 
 def test_wrong_options_leave_nothing(ov3: Ov3, tmp_path: Path) -> None:
-    on_clip = OpenVision3(
-        ModelConfig(
-            image_size=32,
-            encoder=TransformerConfig(32, 2, 2),
-            decoder=None,
-            text_encoder=None,
-            text_decoder=None,
-            external=ExternalEncoderConfig(str(save_transformers(tmp_path / "clip", "clip_vision_model"))),
-        )
-    )
-    on_clip.save(tmp_path / "on_clip")
+    clip = save_transformers(tmp_path / "clip", "clip_vision_model")
+    OpenVision3(replace(ON_CLIP, external=ExternalEncoderConfig(str(clip)))).save(tmp_path / "on_clip")
     for options, words in (
         (["--shard-mb", "0"], "--shard-mb 0"),
         (["--shard-mb", "-1"], "--shard-mb -1"),

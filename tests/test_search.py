@@ -343,12 +343,36 @@ def test_walk_gives_files_in_order_without_hidden_ones_and_linked_folders(tmp_pa
         (tmp_path / "in" / name).touch()
     (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
     (tmp_path / "in" / "link.png").symlink_to(tmp_path / "in" / "b.png")
-    failures: list[str] = []
-    names = [name for name, _ in walk(tmp_path / "in", failures.append)]
-    assert names == ["a/c.png", "a/d/e.png", "a b.png", "b.png", "link.png"]
+    failures: list[tuple[str, str]] = []
+    expected = ["a/c.png", "a/d/e.png", "a b.png", "b.png", "link.png"]
+    assert [name for name, _ in walk(tmp_path / "in", lambda *failure: failures.append(failure))] == expected
     assert not failures
-    walk(tmp_path / "none", failures.append)
-    assert failures == [f"{tmp_path / 'none'}: the folder can't be read (No such file or directory)"]
+    loop = tmp_path / "in" / "a" / "0.png"
+    loop.symlink_to(loop)  # the others of its folder are found
+    assert [name for name, _ in walk(tmp_path / "in", lambda *failure: failures.append(failure))] == expected
+    assert failures.pop() == ("a/0.png", f"{loop}: can't be read (Too many levels of symbolic links)") and not failures
+    walk(tmp_path / "none", lambda *failure: failures.append(failure))
+    assert failures == [("", f"{tmp_path / 'none'}: the folder can't be read (No such file or directory)")]
+
+
+def test_a_folder_that_cannot_be_read_for_once_loses_nothing(
+    search: Search, folder: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert search("a panda")[0] == 0 and sum(encoded) == 6
+    scandir = os.scandir
+
+    def broken(path: str) -> Iterator[os.DirEntry[str]]:
+        if path.endswith("sub"):
+            raise OSError(5, "Input/output error")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", broken)
+    (folder / "0.png").unlink()
+    code, figures, said = search("a panda")
+    assert code == 1 and f"{folder / 'sub'}: the folder can't be read (Input/output error)" in said
+    assert (figures["pictures"], figures["failed"]) == (5, 1)
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert search("a panda")[0] == 0 and sum(encoded) == 6
 
 
 def test_the_contact_sheet_shows_pictures_in_order_with_scores(search: Search, folder: Path, tmp_path: Path) -> None:

@@ -95,7 +95,13 @@ def update(cache: "EmbeddingCache", model: "OpenVision3", batching: BatchOptions
     from openvision3.evaluation.retrieval import check_finite
 
     found, listed = Found(), {}
-    for key, entry in walk(cache.folder, found.fail):
+
+    def unread(inside: str, line: str) -> None:
+        found.fail(line)
+        # what is known of a folder that can't be read now is kept
+        listed.update({key: stamp for key, (stamp, _) in cache.files.items() if key.startswith(inside)})
+
+    for key, entry in walk(cache.folder, unread):
         if has_picture_extension(key):
             try:
                 status = entry.stat()
