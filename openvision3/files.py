@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,10 +15,11 @@ if TYPE_CHECKING:
 def whole_file(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside `path` and renames it to `path` when the block ends without an error.
 
-    The temporary name begins with a dot, is this process's own, and keeps the suffix: writers choose the format by it.
+    The temporary name begins with a dot, is this call's own (processes of several hosts may share a folder and an id),
+    and keeps the suffix: writers choose the format by it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem[:200]}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem[:200]}.{os.getpid()}-{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
         yield temporary
         temporary.replace(path)

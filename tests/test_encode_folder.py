@@ -7,26 +7,44 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
+from encoder_folders import save_transformers
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import openvision3
 from openvision3 import cli
 from openvision3.commands import encode
+from openvision3.commands.common import ModelOptions
 from openvision3.commands.pictures import prepare
-from openvision3.config import OpenVisionError
-from openvision3.data.token_shards import Encoding, ShardWriter, TokenFolder, open_for_writing, read_index, write_index
+from openvision3.config import ExternalEncoderConfig, ModelConfig, OpenVisionError, TransformerConfig, to_dict
+from openvision3.data.token_shards import (
+    Encoding,
+    Place,
+    ShardWriter,
+    TokenFolder,
+    open_for_writing,
+    read_index,
+    write_index,
+)
 from openvision3.model.openvision3 import OpenVision3
+from openvision3.vae import TinyVAE
 
 COUNT = 13
 SHARD_MB = 0.009  # four pictures of 16 tokens of width 32, fp32: 2,112 bytes each
+ON_CLIP = ModelConfig(
+    image_size=32, encoder=TransformerConfig(32, 2, 2), decoder=None, text_encoder=None, text_decoder=None
+)
 
 
 def picture(path: Path, width: int, height: int, seed: int) -> None:
@@ -88,7 +106,8 @@ def assert_complete(out: Path, tiny_model: Path, pictures: Path) -> None:
     names = {path.relative_to(pictures).as_posix() for path in pictures.rglob("*.png")}
     assert set(rows) == names
     index = json.loads((out / "index.json").read_text())
-    assert {key: (index["shards"][number], row) for key, (number, row) in index["pictures"].items()} == rows
+    listed = index["pictures"].items()
+    assert {key: (index["shards"][number], row) for key, (number, row, _) in listed} == rows
     for key in names:
         shard, row = rows[key]
         with torch.no_grad():
@@ -163,15 +182,17 @@ def command_line(out: Path, tiny_model: Path, pictures: Path, batch_size: int = 
     return [str(part) for part in program], environment
 
 
-def test_killed_in_the_middle(ov3: Ov3, tiny_model: Path, pictures: Path, tmp_path: Path, encoded: list[int]) -> None:
-    out = tmp_path / "tokens"
-    kill_after(2, out, *command_line(out, tiny_model, pictures))
+def test_killed_in_the_middle(ov3: Ov3, tiny_model: Path, tmp_path: Path, encoded: list[int]) -> None:
+    source, out, count = tmp_path / "many", tmp_path / "tokens", 60
+    for i in range(count):
+        picture(source / f"{i}.png", 64, 64, seed=i)
+    kill_after(2, out, *command_line(out, tiny_model, source))
     finished = read_index(out)
-    assert 8 <= len(finished) < COUNT
+    assert 8 <= len(finished) < count
     (out / ".tokens-0000-000009.1.tmp.safetensors").write_bytes(b"half")  # as a kill within a write leaves it
-    assert ov3(out)[0] == 0
-    assert sum(encoded) == COUNT - len(finished)
-    assert_complete(out, tiny_model, pictures)
+    assert ov3(out, source=source)[0] == 0
+    assert sum(encoded) == count - len(finished)
+    assert_complete(out, tiny_model, source)
 
 
 @pytest.mark.slow
@@ -180,7 +201,7 @@ def test_killed_ten_times(ov3: Ov3, tiny_model: Path, tmp_path: Path, encoded: l
     source, out, rng = tmp_path / "many", tmp_path / "tokens", random.Random(0)
     for i in range(120):
         picture(source / f"{i}.png", 64, 64, seed=i)
-    finished: dict[str, tuple[str, int]] = {}
+    finished: dict[str, Place] = {}
     for _ in range(10):
         there = len(list(out.glob("tokens-*.safetensors")))
         kill_after(there + rng.randint(0, 2), out, *command_line(out, tiny_model, source))
@@ -204,11 +225,20 @@ def test_processes_share_the_work_and_may_become_more_or_fewer(
     for rank, world in ((1, 3), (0, 2), (1, 2), (0, 1)):  # of three processes two were killed before they began
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(world))
-        assert ov3(out)[0] == 0
+        code, err = ov3(out)
+        assert code == 0 and (f"process {rank} of {world}: " in err) == (world > 1)
         counts.append(len(read_index(out)))
     assert 0 < counts[0] < counts[1] < counts[2] == COUNT
     assert sum(encoded) == COUNT
     assert_complete(out, tiny_model, pictures)
+
+
+def test_processes_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for asked, given in (("auto", "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")):
+        assert encode.on_own_device(ModelOptions(device=asked), world=4).device == given
+    assert encode.on_own_device(ModelOptions(device="cuda"), world=1).device == "cuda"
 
 
 @pytest.mark.slow
@@ -218,6 +248,23 @@ def test_torchrun(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
     subprocess.run(torchrun, env=environment, check=True, timeout=600)
     assert {path.name[:11] for path in (tmp_path / "tokens").glob("*.safetensors")} == {"tokens-0000", "tokens-0001"}
     assert_complete(tmp_path / "tokens", tiny_model, pictures)
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_waits_for_the_others(tiny_model: Path, tmp_path: Path) -> None:
+    """torchrun ends the others as soon as one has failed: here one with a single picture, which is broken."""
+    source, out = tmp_path / "source", tmp_path / "tokens"
+    ranks = {f"{i}.png": zlib.crc32(f"{i}.png".encode()) % 2 for i in range(600)}
+    good = [name for name, rank in ranks.items() if rank == 0]
+    for name in good:
+        picture(source / name, 64, 64, 0)
+    broken = next(name for name, rank in ranks.items() if rank == 1)
+    (source / broken).write_text("no picture")
+    program, environment = command_line(out, tiny_model, source)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program[1:]]
+    done = subprocess.run(torchrun, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1 and done.stderr.count(f"{source / broken}:") == 1
+    assert sorted(read_index(out)) == sorted(good)
 
 
 def test_wrong_shares_of_work_are_refused(monkeypatch: pytest.MonkeyPatch, ov3: Ov3, tmp_path: Path) -> None:
@@ -240,7 +287,7 @@ def test_the_index_has_what_another_process_finishes_while_it_is_merged(
 
     def shard(rank: int, key: str) -> None:
         writer = ShardWriter(tmp_path, encoding, rank, 1000, 100.0)
-        writer.add([key], torch.zeros(1, 4, 2), torch.zeros(1, 1), (2, 2), [(32, 32)])
+        writer.add([key], torch.zeros(1, 4, 2), torch.zeros(1, 1), (2, 2), [(32, 32)], [7])
         writer.flush()
 
     shard(0, "a")
@@ -332,9 +379,28 @@ def test_a_text_towers_training_keeps_the_fingerprint(tiny_model: Path) -> None:
     assert model.text_encoder is not None and model.vae is not None
     with torch.no_grad():
         next(model.text_encoder.parameters()).add_(1)
+        next(cast(TinyVAE, model.vae).decoder.parameters()).add_(1)
         assert image_fingerprint(model) == before
-        next(model.vae.parameters()).add_(1)
-        assert image_fingerprint(model) != before
+        next(cast(TinyVAE, model.vae).encoder.parameters()).add_(1)
+        changed = image_fingerprint(model)
+        assert changed != before
+        model.encoder.class_token.copy_(model.encoder.class_token.flip(-1))  # type: ignore[operator,union-attr]
+        assert image_fingerprint(model) not in (before, changed)
+
+
+def test_an_activation_is_part_of_another_librarys_encoder(tmp_path: Path) -> None:
+    """Two towers of equal weights, one of quick_gelu, give other tokens."""
+    from openvision3.model.fingerprint import image_fingerprint
+
+    found = []
+    for act in ("quick_gelu", "gelu", "quick_gelu"):
+        folder = save_transformers(tmp_path / act, "clip_vision_model", hidden_act=act)
+        config = replace(ON_CLIP, external=ExternalEncoderConfig(str(folder)))
+        torch.manual_seed(0)
+        OpenVision3(config).save(tmp_path / f"{len(found)}")
+        model = openvision3.load(tmp_path / f"{len(found)}", device="cpu")
+        found.append(image_fingerprint(model))
+    assert found[0] == found[2] != found[1]
 
 
 def test_folders_that_are_something_else_or_in_use_are_refused(
@@ -360,9 +426,74 @@ def test_folders_that_are_something_else_or_in_use_are_refused(
         code, err = ov3(out)
         assert code == 2 and "in use by another process" in err
         holder.communicate()
-    for wrong in ("0", "-1", "nan"):
-        assert ov3(tmp_path / "no", "--shard-mb", wrong)[0] == 2
-    assert not (tmp_path / "no").exists()
+
+
+def test_wrong_options_leave_nothing(ov3: Ov3, tmp_path: Path) -> None:
+    clip = save_transformers(tmp_path / "clip", "clip_vision_model")
+    OpenVision3(replace(ON_CLIP, external=ExternalEncoderConfig(str(clip)))).save(tmp_path / "on_clip")
+    for options, words in (
+        (["--shard-mb", "0"], "--shard-mb 0"),
+        (["--shard-mb", "-1"], "--shard-mb -1"),
+        (["--shard-mb", "nan"], "--shard-mb nan"),
+        (["--shard-mb", "inf"], "--shard-mb inf"),
+        (["--size", "50"], "multiple of 16"),
+        (["--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--native-size", "--max-side", "8"], "--max-side 16"),
+        (["--native-size", "--size", "64"], "leave out --size"),
+        (["--max-side", "64"], "pass --native-size too"),
+        (["--native-size", "--model", tmp_path / "on_clip"], "reads pictures of 32 x 32 pixels alone"),
+    ):
+        code, err = ov3(tmp_path / "no", *options)
+        assert code == 2 and words in err and not (tmp_path / "no").exists(), (options, err)
+
+
+def test_a_folder_without_shards_takes_another_encoding(ov3: Ov3, tmp_path: Path, pictures: Path) -> None:
+    """As a command leaves it that ended before its first shard."""
+    with open_for_writing(tmp_path / "tokens", Encoding("f", 2, 1, 16, 32, None, "fp32"), 0, 1):
+        pass
+    assert ov3(tmp_path / "tokens")[0] == 0 and len(TokenFolder(tmp_path / "tokens")) == COUNT
+
+
+def test_another_picture_under_a_known_key_is_named(ov3: Ov3, tmp_path: Path, encoded: list[int]) -> None:
+    source, out = tmp_path / "source", tmp_path / "tokens"
+    for name in "ab":
+        picture(source / f"{name}.png", 64, 64, 0)
+    assert ov3(out, source=source)[0] == 0
+    picture(source / "b.png", 80, 64, 1)
+    for index in (True, False):
+        if not index:
+            (out / "index.json").unlink()
+        code, err = ov3(out, source=source)
+        assert code == 1 and err.count("choose another --out") == 1 and f"{source / 'b.png'}: has" in err
+        assert "as 'b.png' had" in err and "1 failed" in err and sum(encoded) == 2
+
+
+def test_a_folder_that_another_process_makes_meanwhile_is_entered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoding, iterdir = Encoding("f", 2, 1, 16, 32, None, "fp32"), Path.iterdir
+
+    def late(self: Path) -> Iterator[Path]:
+        (self / "encoding.json").write_text(json.dumps(to_dict(encoding)))
+        return iterdir(self)
+
+    monkeypatch.setattr(Path, "iterdir", late)
+    with open_for_writing(tmp_path, encoding, 0, 2):
+        pass
+
+
+def test_broken_weights_write_nothing(ov3: Ov3, pictures: Path, tiny_model: Path, tmp_path: Path) -> None:
+    model = OpenVision3.load(tiny_model)
+    with torch.no_grad():
+        model.encoder.class_token.fill_(torch.nan)  # type: ignore[operator]
+    model.save(tmp_path / "broken")
+    code, err = ov3(tmp_path / "tokens", "--model", tmp_path / "broken")
+    assert code == 2 and "are not finite" in err and not read_index(tmp_path / "tokens")
+    source = tmp_path / "source" / "a.png"
+    picture(source, 64, 64, 0)
+    options = ["--model", str(tmp_path / "broken"), "--device", "cpu"]
+    assert cli.main(["encode", str(source), *options]) == 2
+    assert list(source.parent.iterdir()) == [source]
 
 
 def test_two_pictures_with_one_key_are_refused(ov3: Ov3, tmp_path: Path) -> None:
@@ -385,6 +516,12 @@ def test_a_shard_that_is_broken_is_named_and_one_that_is_taken_away_encoded_agai
     code, err = ov3(out)
     assert code == 2 and f"{last} is not a readable shard" in err
     last.write_bytes(whole)
+    folder = TokenFolder(out)
+    key = next(key for key, place in folder.pictures.items() if place.shard == last.name)
+    last.write_bytes(whole[:50])
+    with pytest.raises(OpenVisionError, match=f"{last} is not a readable shard"):
+        folder[key]
+    last.write_bytes(whole)
     assert ov3(out)[0] == 0 and sum(encoded) == COUNT
     last.unlink()
     assert ov3(out)[0] == 0 and sum(encoded) == COUNT + 1
@@ -398,14 +535,14 @@ def test_a_taken_away_shards_name_does_not_come_back_with_its_old_rows(tmp_path:
     def add(key: str) -> None:
         with open_for_writing(tmp_path, encoding, 0, 1):
             writer = ShardWriter(tmp_path, encoding, 0, 1000, 100.0)
-            writer.add([key], torch.zeros(1, 4, 2), torch.zeros(1, 1), (2, 2), [(32, 32)])
+            writer.add([key], torch.zeros(1, 4, 2), torch.zeros(1, 1), (2, 2), [(32, 32)], [7])
             writer.flush()
 
     add("a")
     write_index(tmp_path)
     (tmp_path / "tokens-0000-000000.safetensors").unlink()
     add("b")
-    assert read_index(tmp_path) == {"b": ("tokens-0000-000000.safetensors", 0)}
+    assert read_index(tmp_path) == {"b": ("tokens-0000-000000.safetensors", 0, 7)}
 
 
 def test_a_shard_waits_no_longer_than_it_may(tmp_path: Path) -> None:
@@ -413,8 +550,8 @@ def test_a_shard_waits_no_longer_than_it_may(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, encoding, 0, 10**9, shard_seconds=0.0)
     for key in "ab":
         time.sleep(0.002)
-        writer.add([key], torch.zeros(1, 4, 2), torch.zeros(1, 1), (2, 2), [(32, 32)])
-    assert Counter(shard for shard, _ in read_index(tmp_path).values()) == {
+        writer.add([key], torch.zeros(1, 4, 2), torch.zeros(1, 1), (2, 2), [(32, 32)], [7])
+    assert Counter(place.shard for place in read_index(tmp_path).values()) == {
         "tokens-0000-000000.safetensors": 1,
         "tokens-0000-000001.safetensors": 1,
     }

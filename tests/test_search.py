@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -180,12 +181,15 @@ def test_unreadable_pictures_are_named_once_and_the_others_found(
     (folder / "broken.png").write_text("no picture")
     shutil.copy(folder / "broken.png", folder / "sub" / "copy.png")
     (folder / "notes.txt").write_text("not looked at")
+    written: list[int] = []
     for _ in range(2):
         code, figures, said = search("a panda")
         assert code == 1
         assert said.count(str(folder / "broken.png")) == said.count(str(folder / "sub" / "copy.png")) == 1
         assert (figures["pictures"], figures["failed"], len(figures["results"])) == (6, 2, 6)
+        written.append(next(folder.glob(".ov3-search-*")).stat().st_mtime_ns)
     assert sum(encoded) == 6
+    assert written[0] == written[1]  # what is broken is no reason to write all again
     picture(folder / "broken.png", seed=9)
     (folder / "sub" / "copy.png").unlink()
     assert search("a panda")[0] == 0 and sum(encoded) == 7
@@ -229,6 +233,7 @@ def test_wrong_usage_is_one_line(search: Search, folder: Path, tmp_path: Path, e
         (["a", "--top", 0], "--top 0"),
         (["a", "--out", tmp_path / "sheet.txt"], "expected a picture's extension"),
         (["a", "--out", tmp_path / "there.png"], "exists; pass --overwrite"),
+        (["a", "--top", 501, "--out", tmp_path / "sheet.png"], "--top 501: expected at most 500 with --out"),
         (["--like", tmp_path / "none.png"], "no such file"),
         (["a", "--size", 50], "multiple of 16"),
         (["--like", folder / "0.png", "--size", 50], "multiple of 16"),
@@ -329,6 +334,46 @@ def test_a_read_only_folder_has_its_embeddings_in_the_users_cache(monkeypatch: p
         shutil.rmtree(root)
 
 
+def test_what_cannot_be_kept_anywhere_is_answered_anyway(
+    search: Search, folder: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(embedding_cache, "whole_file", full)
+    for count in (6, 12):
+        code, figures, said = search("a panda")
+        assert code == 0 and len(figures["results"]) == 6 and sum(encoded) == count
+        assert said.count("can't be kept (No space left on device; ") == 1
+
+
+def test_a_file_that_is_written_while_others_are_read_is_read_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long that takes: its time is compared with the start, not with the end."""
+    now = time.time_ns()
+    clock = iter(range(now, now + 10**11, 10**10))
+    monkeypatch.setattr(embedding_cache.time, "time_ns", lambda: next(clock))
+    cache = EmbeddingCache(folder, "f" * 64, 2, print)
+    cache.update({"2.png": Stamp(1, now - 10**10, 3), "0.png": Stamp(1, now + 10**9, 3)}, lambda _: None)
+    assert cache.files["0.png"][0] == Stamp(-1, -1, -1) and cache.files["2.png"][0] == Stamp(1, now - 10**10, 3)
+
+
+def test_a_large_file_is_not_held_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "large.png"
+    with path.open("wb") as file:
+        file.truncate(40_000_000)
+    content = embedding_cache._content(path)
+    assert isinstance(content, str)
+    tracemalloc.start()
+    try:
+        with pytest.raises(OpenVisionError, match="large.png"):
+            search_command.read_same(path, content)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_picture_that_changes_between_hash_and_reading_is_not_stored_under_the_wrong_content(folder: Path) -> None:
     content = embedding_cache._content(folder / "0.png")
     assert isinstance(content, str) and search_command.read_same(folder / "0.png", content).size == (80, 64)
@@ -343,12 +388,36 @@ def test_walk_gives_files_in_order_without_hidden_ones_and_linked_folders(tmp_pa
         (tmp_path / "in" / name).touch()
     (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
     (tmp_path / "in" / "link.png").symlink_to(tmp_path / "in" / "b.png")
-    failures: list[str] = []
-    names = [name for name, _ in walk(tmp_path / "in", failures.append)]
-    assert names == ["a/c.png", "a/d/e.png", "a b.png", "b.png", "link.png"]
+    failures: list[tuple[str, str]] = []
+    expected = ["a/c.png", "a/d/e.png", "a b.png", "b.png", "link.png"]
+    assert [name for name, _ in walk(tmp_path / "in", lambda *failure: failures.append(failure))] == expected
     assert not failures
-    walk(tmp_path / "none", failures.append)
-    assert failures == [f"{tmp_path / 'none'}: the folder can't be read (No such file or directory)"]
+    loop = tmp_path / "in" / "a" / "0.png"
+    loop.symlink_to(loop)  # the others of its folder are found
+    assert [name for name, _ in walk(tmp_path / "in", lambda *failure: failures.append(failure))] == expected
+    assert failures.pop() == ("a/0.png", f"{loop}: can't be read (Too many levels of symbolic links)") and not failures
+    walk(tmp_path / "none", lambda *failure: failures.append(failure))
+    assert failures == [("", f"{tmp_path / 'none'}: the folder can't be read (No such file or directory)")]
+
+
+def test_a_folder_that_cannot_be_read_for_once_loses_nothing(
+    search: Search, folder: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert search("a panda")[0] == 0 and sum(encoded) == 6
+    scandir = os.scandir
+
+    def broken(path: str) -> Iterator[os.DirEntry[str]]:
+        if path.endswith("sub"):
+            raise OSError(5, "Input/output error")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", broken)
+    (folder / "0.png").unlink()
+    code, figures, said = search("a panda")
+    assert code == 1 and f"{folder / 'sub'}: the folder can't be read (Input/output error)" in said
+    assert (figures["pictures"], figures["failed"]) == (5, 1)
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert search("a panda")[0] == 0 and sum(encoded) == 6
 
 
 def test_the_contact_sheet_shows_pictures_in_order_with_scores(search: Search, folder: Path, tmp_path: Path) -> None:
@@ -368,3 +437,21 @@ def test_the_contact_sheet_shows_pictures_in_order_with_scores(search: Search, f
     assert drawn.width == GAP + 3 * (SIDE + GAP)
     margins = np.asarray(drawn)[:, -GAP // 2 :], np.asarray(drawn)[GAP + 2 * LINE :, GAP + SIDE : GAP + SIDE + GAP]
     assert all((margin == 255).all() for margin in margins)  # no text runs out of its place
+
+
+def test_a_sheet_that_cannot_be_saved_loses_no_figures(
+    search: Search, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("openvision3.commands.contact_sheet.LINE", 8200)  # WebP's limit is 16383 pixels
+    code, figures, said = search("a panda", "--top", 1, "--out", tmp_path / "sheet.webp")
+    assert code == 2 and len(figures["results"]) == 1
+    assert f"--out {tmp_path / 'sheet.webp'}: " in said and "pixels can't be saved (" in said
+
+
+def test_names_that_are_no_utf8_and_look_like_markup(search: Search, folder: Path, tmp_path: Path) -> None:
+    name = os.fsdecode(b"[red]\xff.png")
+    (folder / "0.png").rename(folder / name)
+    code, figures, said = search("--like", folder / name, "--top", 1, "--out", tmp_path / "sheet.png")
+    assert code == 0 and f"{folder}/[red]\\udcff.png" in search("a panda")[2]
+    assert figures["results"][0]["picture"] == f"{folder}/[red]\udcff.png"
+    assert (tmp_path / "sheet.png").is_file()

@@ -44,6 +44,17 @@ def checked_size(model: "OpenVision3", size: int) -> int:
     return size
 
 
+def check_options(model: "OpenVision3", batching: BatchOptions) -> None:
+    """Raises `OpenVisionError` where the model can't read pictures that are prepared and batched so."""
+    if batching.size is not None:
+        checked_size(model, batching.size)
+    if batching.batch_size < 1 or batching.max_side < model.config.downsampling:
+        raise OpenVisionError(f"--batch-size must be at least 1 and --max-side {model.config.downsampling}")
+    if model.config.external is not None and batching.size != model.config.image_size:
+        side = model.config.image_size
+        raise OpenVisionError(f"model {model.config.name!r} reads pictures of {side} x {side} pixels alone")
+
+
 def square(model: "OpenVision3", batching: BatchOptions) -> BatchOptions:
     """The same options with the model's own square size where none is given."""
     return replace(batching, size=batching.size or model.config.image_size)
@@ -96,10 +107,7 @@ class Runner:
         batching: BatchOptions,
         read: "Callable[[Path], Image] | None" = None,
     ):
-        if batching.size is not None:
-            checked_size(model, batching.size)
-        if batching.batch_size < 1 or batching.max_side < model.config.downsampling:
-            raise OpenVisionError(f"--batch-size must be at least 1 and --max-side {model.config.downsampling}")
+        check_options(model, batching)
         self.found, self.batching = found, batching
         self.load = partial(
             prepare, size=batching.size, max_side=batching.max_side, multiple=model.config.downsampling, read=read

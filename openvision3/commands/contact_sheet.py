@@ -5,6 +5,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from openvision3.commands.common import printable
 from openvision3.config import OpenVisionError
 from openvision3.data.transforms import load_image
 
@@ -52,7 +53,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 def _fitted(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
     """The text, with its middle left out where it is wider than `width` pixels."""
-    text = " ".join(text.split())
+    text = " ".join(printable(text).split())
     kept = len(text)
     shown = text
     while font.getlength(shown) > width and kept > 1:

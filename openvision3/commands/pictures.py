@@ -65,7 +65,7 @@ def find_pictures(inputs: Sequence[Path], suffix: str = "", out: Path | None = N
     entries: dict[Path, Path] = {}  # file -> its path under `out`
     for given in inputs:
         if given.is_dir():
-            for inside, _ in walk(given, found.fail):
+            for inside, _ in walk(given, lambda _, line: found.fail(line)):
                 if suffix and not bare and inside.endswith(suffix):
                     found.earlier_outputs += 1
                 elif not has_picture_extension(inside):
@@ -92,10 +92,11 @@ def find_pictures(inputs: Sequence[Path], suffix: str = "", out: Path | None = N
     return found
 
 
-def walk(folder: Path, on_failure: Callable[[str], None]) -> list[tuple[str, os.DirEntry[str]]]:
+def walk(folder: Path, on_failure: Callable[[str, str], None]) -> list[tuple[str, os.DirEntry[str]]]:
     """All files below a folder, sorted: (path inside it, with slashes; entry). Nothing hidden, no linked folders.
 
-    A folder inside that can't be read goes to `on_failure(line)`.
+    What can't be read goes to `on_failure(path inside, line)`: of a folder the path ends in a slash, of `folder` itself
+    it is empty.
     """
     found: list[tuple[str, os.DirEntry[str]]] = []
     waiting = [("", os.fspath(folder))]
@@ -106,12 +107,15 @@ def walk(folder: Path, on_failure: Callable[[str], None]) -> list[tuple[str, os.
                 for entry in entries:
                     if entry.name.startswith("."):
                         continue
-                    if entry.is_dir(follow_symlinks=False):
-                        waiting.append((f"{inside}{entry.name}/", entry.path))
-                    elif entry.is_file():
-                        found.append((inside + entry.name, entry))
+                    try:
+                        if entry.is_dir(follow_symlinks=False):
+                            waiting.append((f"{inside}{entry.name}/", entry.path))
+                        elif entry.is_file():
+                            found.append((inside + entry.name, entry))
+                    except OSError as error:  # such as a link to itself
+                        on_failure(inside + entry.name, f"{entry.path}: can't be read ({error.strerror or error})")
         except OSError as error:
-            on_failure(f"{path}: the folder can't be read ({error.strerror or error})")
+            on_failure(inside, f"{path}: the folder can't be read ({error.strerror or error})")
     return sorted(found, key=lambda pair: pair[0].split("/"))
 
 

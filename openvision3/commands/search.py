@@ -1,7 +1,6 @@
 """`ov3 search`: the pictures of a folder that fit a text, or look like another picture."""
 
 import hashlib
-import io
 import sys
 import time
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from openvision3.commands import common
-from openvision3.commands.batching import BatchOptions, OutputOptions, Runner, checked_size, square
+from openvision3.commands.batching import BatchOptions, OutputOptions, Runner, check_options, square
 from openvision3.commands.common import ModelOptions
 from openvision3.commands.inference import Batching, Model, Output
 from openvision3.commands.pictures import Found, Picture, has_picture_extension, is_picture_name, prepare, walk
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from openvision3.data.embedding_cache import EmbeddingCache, Match
     from openvision3.model.openvision3 import OpenVision3
 
+MAX_SHOWN = 500  # pictures on a contact sheet: 100 rows, 80 MB
 _PREPARATION = "square, 1"  # part of the cache's name: another way of preparing pictures gives other embeddings
 
 
@@ -51,6 +51,8 @@ def search(
     _check_query(images, text, like, top)
     if out is not None and not is_picture_name(out.name):
         raise OpenVisionError(f"--out {out}: expected a picture's extension, such as .png, .jpg or .webp")
+    if out is not None and top > MAX_SHOWN:
+        raise OpenVisionError(f"--top {top}: expected at most {MAX_SHOWN} with --out")
     for path in (out, output.json):
         common.refuse_existing(path, output.overwrite)
     loaded = common.load_model(model)
@@ -61,7 +63,7 @@ def search(
         )
     started = time.perf_counter()
     batching = square(loaded, batching)
-    checked_size(loaded, batching.size or 0)
+    check_options(loaded, batching)
     query = _query(loaded, batching, text, like)
     cache = _open_cache(images, loaded, batching)
     encoded, failed = update(cache, loaded, batching)
@@ -73,12 +75,6 @@ def search(
     _print(matches, text or f"like {like}", images)
     said = f"{len(cache)} pictures, {encoded} encoded now" + (f", {failed} failed" if failed else "")
     print(f"{said}; answered {seconds:.2f} s after the model was loaded", file=sys.stderr)
-    if out is not None:
-        from openvision3.commands.contact_sheet import contact_sheet
-
-        sheet = contact_sheet(text or f"like {like}", like, [(images / m.keys[0], m.score) for m in matches])
-        with common.whole_file(out, output.overwrite) as temporary:
-            sheet.save(temporary)
     results = [
         {"picture": str(images / m.keys[0]), "score": m.score, "copies": [str(images / key) for key in m.keys[1:]]}
         for m in matches
@@ -86,6 +82,17 @@ def search(
     counts = {"pictures": len(cache), "encoded": encoded, "failed": failed, "seconds": seconds}
     asked: dict[str, Any] = {"text": text} if text else {"like": str(like)}
     common.write_json(output.json, {"model": model.model, **asked, **counts, "results": results}, output.overwrite)
+    if out is not None:
+        from openvision3.commands.contact_sheet import contact_sheet
+
+        sheet = contact_sheet(text or f"like {like}", like, [(images / m.keys[0], m.score) for m in matches])
+        try:
+            with common.whole_file(out, output.overwrite) as temporary:
+                sheet.save(temporary)
+        except (OSError, ValueError) as error:  # such as WebP's limit of 16383 pixels
+            raise OpenVisionError(
+                f"--out {out}: {sheet.width} x {sheet.height} pixels can't be saved ({error})"
+            ) from None
     return 1 if failed else 0
 
 
@@ -95,7 +102,13 @@ def update(cache: "EmbeddingCache", model: "OpenVision3", batching: BatchOptions
     from openvision3.evaluation.retrieval import check_finite
 
     found, listed = Found(), {}
-    for key, entry in walk(cache.folder, found.fail):
+
+    def unread(inside: str, line: str) -> None:
+        found.fail(line)
+        # what is known of a folder that can't be read now is kept
+        listed.update({key: stamp for key, (stamp, _) in cache.files.items() if key.startswith(inside)})
+
+    for key, entry in walk(cache.folder, unread):
         if has_picture_extension(key):
             try:
                 status = entry.stat()
@@ -131,12 +144,13 @@ def read_same(path: Path, content: str) -> "Image":
     from openvision3.data.transforms import decode_image
 
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != content:
+                raise OpenVisionError(f"{path}: was changed meanwhile; search again")
+            file.seek(0)
+            return decode_image(file, str(path))
     except OSError as error:
         raise OpenVisionError(f"{path}: can't be read ({error.strerror or error})") from None
-    if hashlib.sha256(data).hexdigest() != content:
-        raise OpenVisionError(f"{path}: was changed meanwhile; search again")
-    return decode_image(io.BytesIO(data), str(path))
 
 
 def _check_query(images: Path, text: str, like: Path | None, top: int) -> None:

@@ -46,7 +46,8 @@ class Match(NamedTuple):
 class EmbeddingCache:
     """The embeddings (fp32, L2-normalised) of a folder's pictures by content, and which file has which content.
 
-    `say` is told, in one line, where the file is when it can't be beside the pictures, or that it is broken.
+    `say` is told, in one line, where the file is when it can't be beside the pictures, or that it can't be written at
+    all, or that it is broken.
     """
 
     def __init__(self, folder: Path, fingerprint: str, embed_dim: int, say: Callable[[str], None]) -> None:
@@ -69,6 +70,7 @@ class EmbeddingCache:
 
         Returns a line for each file that can't be read, by its path inside the folder; it has no content then.
         """
+        began = time.time_ns()  # what is modified after it may have been read before
         files = {key: known for key, known in self.files.items() if listed.get(key) == known[0]}
         new = [key for key in listed if key not in files]
         failures: dict[str, str] = {}
@@ -77,11 +79,12 @@ class EmbeddingCache:
                 if isinstance(content, OSError):
                     failures[key] = f"can't be read ({content.strerror or content})"
                 else:
-                    settled = listed[key].mtime_ns < time.time_ns() - _SETTLED_NS
+                    settled = listed[key].mtime_ns < began - _SETTLED_NS
                     files[key] = (listed[key] if settled else Stamp(-1, -1, -1), content)
                 progress(1)
-        self._changed |= files != self.files
+        before = self._kept()
         self.files = files
+        self._changed |= self._kept() != before  # a broken picture has no place in the file
         return failures
 
     def missing(self) -> dict[str, list[str]]:
@@ -100,19 +103,26 @@ class EmbeddingCache:
             self.save()
 
     def save(self) -> None:
-        """Writes the file where anything changed: beside the pictures, or in the user's cache where that can't be."""
+        """Writes the file where anything changed: beside the pictures, or in the user's cache where that can't be.
+
+        Where neither can be, says so: the embeddings are there for this search alone.
+        """
         if not self._changed:
             return
         started = time.monotonic()
         try:
             self._write(self.beside)
         except OSError as error:
-            self._write(self.elsewhere)
-            self._tell(error.strerror or str(error))
+            reason = error.strerror or str(error)
+            try:
+                self._write(self.elsewhere)
+                self._tell(f"which can't be written ({reason}), are kept in {self.elsewhere}")
+            except OSError as error:
+                reason = f"{reason}; {self.elsewhere}: {error.strerror or error}"
+                self._tell(f"which can't be written, can't be kept ({reason}): the next search encodes them again")
         self._changed, now = False, time.monotonic()
-        self._save_at = now + max(
-            _SAVE_SECONDS, 20 * (now - started)
-        )  # of a large file, at most a twentieth of the time
+        # of a large file, at most a twentieth of the time
+        self._save_at = now + max(_SAVE_SECONDS, 20 * (now - started))
 
     def search(self, query: Tensor, count: int) -> list[Match]:
         """The `count` contents in the folder whose embeddings are nearest to `query` (E,), best first."""
@@ -127,8 +137,11 @@ class EmbeddingCache:
         of_row = list(keys.values())
         return [Match(of_row[row], score) for row, score in zip(order.tolist(), best.tolist(), strict=True)]
 
+    def _kept(self) -> dict[str, tuple[Stamp, str]]:
+        return {key: known for key, known in self.files.items() if known[1] in self.embeddings}
+
     def _write(self, path: Path) -> None:
-        kept = {key: known for key, known in self.files.items() if known[1] in self.embeddings}
+        kept = self._kept()
         rows = {content: row for row, content in enumerate(dict.fromkeys(content for _, content in kept.values()))}
         stamps = [stamp for stamp, _ in kept.values()]
         tensors = {
@@ -171,13 +184,12 @@ class EmbeddingCache:
             self._changed = True
             return
         if path == self.elsewhere:
-            self._tell("")
+            self._tell(f"which can't be written, are kept in {self.elsewhere}")
 
-    def _tell(self, reason: str) -> None:
+    def _tell(self, what: str) -> None:
         if not self._told:
             self._told = True
-            why = f" ({reason})" if reason else ""
-            self.say(f"embeddings of {self.folder}, which can't be written{why}, are kept in {self.elsewhere}")
+            self.say(f"embeddings of {self.folder}, {what}")
 
 
 def _content(path: Path) -> str | OSError:

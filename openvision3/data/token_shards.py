@@ -2,7 +2,8 @@
 
     FOLDER/encoding.json                    what all shards share: fingerprint of the model, preparation, dtype
     FOLDER/tokens-RRRR-NNNNNN.safetensors   shard N of process R, written whole; its header lists the pictures' keys
-    FOLDER/index.json                       {"shards": [name, ...], "pictures": {key: [number of the shard, row]}}
+                                            and their files' lengths
+    FOLDER/index.json                       {"shards": [name, ...], "pictures": {key: [shard, row, bytes]}}
 
 A shard holds `tokens` (n, N, D), or (sum of N, D) where pictures keep their sizes, those of row i being
 `offsets[i]:offsets[i + 1]`; `embedding` (n, E), pooled, projected and L2-normalised, fp32; `grid` (n, 2), rows and
@@ -54,6 +55,14 @@ class Encoded(NamedTuple):
     size: tuple[int, int]  # height and width in pixels before padding: what to crop a decoded picture to
 
 
+class Place(NamedTuple):
+    """Where a picture's row is, and what it was made of."""
+
+    shard: str
+    row: int
+    file_bytes: int  # length of the picture's file when it was encoded
+
+
 class TokenFolder:
     """Reads a folder of shards: a mapping from keys to `Encoded`, of what is there when it is opened.
 
@@ -75,16 +84,19 @@ class TokenFolder:
         return key in self.pictures
 
     def __getitem__(self, key: str) -> Encoded:
-        shard, row = self.pictures[key]
-        with safe_open(self.folder / shard, "pt") as file:
-            tokens = file.get_slice("tokens")
-            if self.encoding.size is None:
-                start, stop = file.get_slice("offsets")[row : row + 2].tolist()
-                of_picture = tokens[start:stop]
-            else:
-                of_picture = tokens[row : row + 1][0]
-            grid, size = (tuple(file.get_slice(name)[row : row + 1][0].tolist()) for name in ("grid", "size"))
-            return Encoded(of_picture, file.get_slice("embedding")[row : row + 1][0], grid, size)
+        shard, row, _ = self.pictures[key]
+        try:
+            with safe_open(self.folder / shard, "pt") as file:
+                tokens = file.get_slice("tokens")
+                if self.encoding.size is None:
+                    start, stop = file.get_slice("offsets")[row : row + 2].tolist()
+                    of_picture = tokens[start:stop]
+                else:
+                    of_picture = tokens[row : row + 1][0]
+                grid, size = (tuple(file.get_slice(name)[row : row + 1][0].tolist()) for name in ("grid", "size"))
+                return Encoded(of_picture, file.get_slice("embedding")[row : row + 1][0], grid, size)
+        except (SafetensorError, OSError) as error:
+            raise _broken(self.folder / shard, error) from None
 
 
 @contextmanager
@@ -94,23 +106,23 @@ def open_for_writing(folder: Path, encoding: Encoding, rank: int, world: int) ->
     Removes what a killed process of this rank left half written. Raises `OpenVisionError` for a folder that holds
     something else or another encoding, or that is in use.
     """
-    if folder.exists() and not (folder / ENCODING).exists():
-        strangers = (
-            [path.name for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else [""]
-        )
-        if strangers:
-            raise OpenVisionError(f"{folder} holds something that is no folder of tokens; choose another --out")
+    if folder.exists() and not folder.is_dir():
+        raise OpenVisionError(f"{folder} is no folder of tokens; choose another --out")
+    # listed first: another process may begin meanwhile
+    others = folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
+    if others and not (folder / ENCODING).exists():
+        raise OpenVisionError(f"{folder} holds something that is no folder of tokens; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f".lock-{rank}").open("a") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             raise OpenVisionError(f"{folder} is in use by another process (of rank {rank})") from None
         for leftover in folder.glob(".*.tmp.*" if world == 1 else f".tokens-{rank:04d}-*.tmp.*"):
             leftover.unlink(missing_ok=True)
         if not set(_read_index_file(folder)[0]) <= set(_names(folder)):
             (folder / INDEX).unlink(missing_ok=True)  # of a shard that was taken away: its name will come again
-        if not (folder / ENCODING).exists():
+        if not (folder / ENCODING).exists() or not _names(folder):
             _write_json(folder / ENCODING, to_dict(encoding))
         changes = [f"{name} {old!r}, not {new!r}" for name, old, new, _ in differences(_described(folder), encoding)]
         if changes:
@@ -134,8 +146,8 @@ class ShardWriter:
         own = [int(match[2]) for match in map(_SHARD.fullmatch, _names(folder)) if match and int(match[1]) == rank]
         self._number = max(own, default=-1) + 1
         self._waiting: dict[str, Encoded] = {}
+        self._file_bytes: list[int] = []  # of those that wait
         self._bytes, self._since = 0, 0.0
-        self.written = 0  # pictures
 
     def add(
         self,
@@ -144,8 +156,9 @@ class ShardWriter:
         embeddings: Tensor,
         grid: tuple[int, int],
         sizes: Sequence[tuple[int, int]],
+        file_bytes: Sequence[int],
     ) -> None:
-        """Takes a batch: tokens (B, N, D), embeddings (B, E), on any device, in any dtype."""
+        """Takes a batch: tokens (B, N, D), embeddings (B, E), on any device, in any dtype; lengths of their files."""
         tokens = tokens.to("cpu", _DTYPES[self.encoding.dtype])
         embeddings = embeddings.to("cpu", torch.float32)
         of_one = tokens[0].nbytes + embeddings[0].nbytes
@@ -155,6 +168,7 @@ class ShardWriter:
             if not self._waiting:
                 self._since = time.monotonic()
             self._waiting[key] = Encoded(tokens[i], embeddings[i], grid, sizes[i])
+            self._file_bytes.append(file_bytes[i])
             self._bytes += of_one
         if time.monotonic() - self._since > self.shard_seconds:
             self.flush()
@@ -175,23 +189,23 @@ class ShardWriter:
         else:
             tensors["tokens"] = torch.stack([row.tokens for row in rows])
         with whole_file(self.folder / f"tokens-{self.rank:04d}-{self._number:06d}.safetensors") as temporary:
-            save_tensors(temporary, tensors, {"format": "pt", "keys": json.dumps(list(self._waiting))})
-        self.written += len(rows)
+            lists = {"keys": json.dumps(list(self._waiting)), "file_bytes": json.dumps(self._file_bytes)}
+            save_tensors(temporary, tensors, {"format": "pt", **lists})
         self._number += 1
-        self._waiting, self._bytes = {}, 0
+        self._waiting, self._file_bytes, self._bytes = {}, [], 0
 
 
-def read_index(folder: Path) -> dict[str, tuple[str, int]]:
-    """Where each picture is: key -> (shard, row). From `index.json` as far as it goes, then from shards' headers."""
+def read_index(folder: Path) -> dict[str, Place]:
+    """Where each picture is, by its key. From `index.json` as far as it goes, then from shards' headers."""
     names = _names(folder)
     listed, places = _read_index_file(folder)
     if not set(listed) <= set(names):  # a shard was taken away
         listed, places = [], {}
-    found = {key: (listed[number], row) for key, (number, row) in places.items()}
+    found = {key: Place(listed[number], row, length) for key, (number, row, length) in places.items()}
     for name in names:
         if name not in listed:
-            for row, key in enumerate(_keys(folder / name)):
-                found.setdefault(key, (name, row))
+            for row, (key, length) in enumerate(_keys(folder / name)):
+                found.setdefault(key, Place(name, row, length))
     return found
 
 
@@ -204,7 +218,7 @@ def write_index(folder: Path) -> None:
         names = _names(folder)
         numbers = {name: number for number, name in enumerate(names)}
         index = read_index(folder)
-        places = {key: [numbers[shard], row] for key, (shard, row) in index.items() if shard in numbers}
+        places = {key: [numbers[shard], *place] for key, (shard, *place) in index.items() if shard in numbers}
         _write_json(folder / INDEX, {"shards": names, "pictures": places})
         if _names(folder) == names:
             return
@@ -214,23 +228,28 @@ def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name))
 
 
-def _read_index_file(folder: Path) -> tuple[list[str], dict[str, tuple[int, int]]]:
+def _read_index_file(folder: Path) -> tuple[list[str], dict[str, tuple[int, int, int]]]:
     """Shards and places of `index.json`; nothing where it is missing or not as `write_index` writes it."""
     try:
         index = json.loads((folder / INDEX).read_text())
-        return list(index["shards"]), {key: (int(number), int(row)) for key, (number, row) in index["pictures"].items()}
+        places = {key: (int(number), int(row), int(n)) for key, (number, row, n) in index["pictures"].items()}
+        return list(index["shards"]), places
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return [], {}
 
 
-def _keys(shard: Path) -> list[str]:
+def _keys(shard: Path) -> list[tuple[str, int]]:
+    """The pictures' keys and their files' lengths, row by row."""
     try:
         with safe_open(shard, "pt") as file:
-            return json.loads(file.metadata()["keys"])
+            metadata = file.metadata()
+        return list(zip(json.loads(metadata["keys"]), json.loads(metadata["file_bytes"]), strict=True))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise OpenVisionError(
-            f"{shard} is not a readable shard of tokens ({error}); remove it and encode again"
-        ) from None
+        raise _broken(shard, error) from None
+
+
+def _broken(shard: Path, error: Exception) -> OpenVisionError:
+    return OpenVisionError(f"{shard} is not a readable shard of tokens ({error}); remove it and encode again")
 
 
 def _write_json(path: Path, data: object) -> None:
