@@ -53,7 +53,7 @@ def unsaved(model: OpenVision3, frozen: Collection[ModelPart]) -> tuple[str, ...
 
 
 def fingerprint(model: OpenVision3, frozen: Collection[ModelPart]) -> str:
-    """sha256 (hex) of the tensors of the frozen parts and the VAE (`init` may have both); empty where none is frozen."""
+    """sha256 (hex) of the tensors of frozen parts and the VAE (`init` may have both); empty where none is frozen."""
     if not frozen:
         return ""
     digest = hashlib.sha256()
