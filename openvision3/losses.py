@@ -6,9 +6,9 @@ micro-batches of one global batch add up to those of the whole batch.
 
 from collections.abc import Callable
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from openvision3.chunked import LinearCrossEntropy
 
 
 def add_noise(tokens: Tensor, sigma: Tensor, epsilon: Tensor, rms: Tensor | float = 1.0) -> Tensor:
@@ -56,27 +56,18 @@ def reconstruction_loss(
     return pixel + beta * latent + lpips_weight * perceptual
 
 
-def contrastive_loss(image_embeddings: Tensor, text_embeddings: Tensor, temperature: Tensor | float) -> Tensor:
-    """Symmetric InfoNCE over a batch of matching rows (CLIP, arXiv 2103.00020).
+def caption_loss(
+    hidden: Tensor, output: Tensor, targets: Tensor, pad_id: int, normalizer: Tensor | int | float
+) -> Tensor:
+    """Cross-entropy of `hidden @ output.T` summed over the targets that are not padding, divided by `normalizer`.
 
-    Both (B, D), L2-normalised; `temperature` multiplies the cosines (`OpenVision3.temperature()`). Computed in fp32
-    under autocast too: at a temperature of 100, bf16 would round the logits to steps of a half.
+    hidden (B, L, W), output matrix (V, W); targets (B, L): the token after each input. `normalizer`: number of targets
+    that are not padding in the global batch (a mean of micro-batch means would weigh short captions more). The logits
+    (B, L, V) are never all there: see `chunked.LinearCrossEntropy`.
     """
-    assert image_embeddings.shape == text_embeddings.shape, (image_embeddings.shape, text_embeddings.shape)
-    with torch.autocast(image_embeddings.device.type, enabled=False):
-        logits = temperature * image_embeddings.float() @ text_embeddings.float().T
-        labels = torch.arange(logits.shape[0], device=logits.device)
-        return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-
-
-def caption_loss(logits: Tensor, targets: Tensor, pad_id: int, normalizer: Tensor | int | float) -> Tensor:
-    """Cross-entropy summed over the targets that are not padding, divided by `normalizer`.
-
-    logits (B, L, V); targets (B, L): the token after each input. `normalizer`: number of targets that are not padding
-    in the global batch (a mean of micro-batch means would weigh short captions more).
-    """
-    flat = logits.flatten(0, 1).float()
-    return F.cross_entropy(flat, targets.flatten(), ignore_index=pad_id, reduction="sum") / normalizer
+    assert hidden.shape[:-1] == targets.shape, (hidden.shape, targets.shape)
+    total = LinearCrossEntropy.apply(hidden.flatten(0, -2), output, targets.flatten(), pad_id)
+    return total / normalizer
 
 
 def understanding_loss(caption: Tensor, contrastive: Tensor, alpha: float) -> Tensor:
