@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 BLOCK = 2**22  # elements of a block of logits: 16 MiB in fp32
 
 
-def blocks(rows: int, columns: int, elements: int = BLOCK) -> Iterator[slice]:
+def blocks(rows: int, columns: int, elements: int) -> Iterator[slice]:
     """Consecutive slices of `rows`, such that one of them by all `columns` has at most `elements` (or is one row)."""
     size = max(1, elements // columns)
     for start in range(0, rows, size):
@@ -38,7 +38,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_output = torch.zeros_like(output, dtype=full) if ctx.needs_input_grad[1] else None
         matrix = output.to(dtype)
-        for part in blocks(len(hidden), len(output)):
+        for part in blocks(len(hidden), len(output), BLOCK):
             inputs, labels = hidden[part].to(dtype), targets[part, None]
             used = labels != ignored
             log_p = (inputs @ matrix.T).to(full).log_softmax(dim=1)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from openvision3.chunked import at_least_fp32, blocks
+from openvision3.chunked import BLOCK, at_least_fp32, blocks
 from openvision3.distributed import ALONE, World
 
 
@@ -83,7 +83,7 @@ def _logits(rows: Tensor, columns: Tensor, factor: Tensor, first: int) -> Iterat
 
     Row 0 matches column `first`.
     """
-    for part in blocks(len(rows), len(columns)):
+    for part in blocks(len(rows), len(columns), BLOCK):
         logits = (factor * rows[part]) @ columns.T
         yield part, logits, logits.diagonal(first + part.start)
 
@@ -124,10 +124,10 @@ class _Softmax(torch.autograd.Function):
         found = torch.empty_like(rows)
         for part, logits, pairs in _logits(rows, others, factor, first):
             own = row_sums[first + part.start : first + part.stop, None]
-            weights = (logits - own).exp_()
-            weights += logits.sub_(other_sums).exp_()
-            weights.diagonal(first + part.start).sub_(2)
-            torch.mm(weights, others, out=found[part])
+            over_columns = (logits - own).exp_()
+            logits.sub_(other_sums).exp_().add_(over_columns)
+            pairs.sub_(2)
+            torch.mm(logits, others, out=found[part])
         return found
 
 

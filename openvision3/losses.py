@@ -1,14 +1,16 @@
 """The losses of OpenVision 3, Eqs. 3-6, as pure functions.
 
 Sums are divided by an explicit count, not by the size of what is passed in: the losses (and gradients) of the
-micro-batches of one global batch add up to those of the whole batch.
+micro-batches of one global batch, and of the processes that share it, add up to those of the whole batch. The
+contrastive loss, which compares all with all, is in `contrastive.py`.
 """
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from openvision3.chunked import LinearCrossEntropy
+from openvision3.chunked import LinearCrossEntropy, at_least_fp32
 
 
 def add_noise(tokens: Tensor, sigma: Tensor, epsilon: Tensor, rms: Tensor | float = 1.0) -> Tensor:
@@ -20,12 +22,13 @@ def add_noise(tokens: Tensor, sigma: Tensor, epsilon: Tensor, rms: Tensor | floa
     """
     assert sigma.shape == tokens.shape[:1] and epsilon.shape == tokens.shape, (sigma.shape, epsilon.shape, tokens.shape)
     rms = rms.detach() if isinstance(rms, Tensor) else rms
+    sigma = sigma.to(torch.promote_types(sigma.dtype, tokens.dtype))
     return tokens + (sigma * rms)[:, None, None].to(tokens.dtype) * epsilon.to(tokens.dtype)
 
 
-def root_mean_square(tokens: Tensor) -> Tensor:
-    """Root mean square over all elements, a scalar without gradient."""
-    return tokens.detach().float().square().mean().sqrt()
+def mean_square(tokens: Tensor) -> Tensor:
+    """Mean square over all elements, a scalar without gradient."""
+    return at_least_fp32(tokens.detach()).square().mean()
 
 
 def pixel_l1(predicted: Tensor, images: Tensor, samples: int | float) -> Tensor:
@@ -34,7 +37,7 @@ def pixel_l1(predicted: Tensor, images: Tensor, samples: int | float) -> Tensor:
     Both (B, 3, H, W), in [-1, 1] (the prediction not clamped). `samples`: pictures of the global batch that are scored.
     """
     assert predicted.shape == images.shape, (predicted.shape, images.shape)
-    return (predicted.float() - images.float()).abs().flatten(1).mean(dim=1).sum() / samples
+    return (at_least_fp32(predicted) - at_least_fp32(images)).abs().flatten(1).mean(dim=1).sum() / samples
 
 
 def latent_l1(predicted: Tensor, latents: Tensor, samples: int | float) -> Tensor:
@@ -46,7 +49,7 @@ def perceptual_loss(
     metric: Callable[[Tensor, Tensor], Tensor], predicted: Tensor, images: Tensor, samples: int | float
 ) -> Tensor:
     """Third term of Eq. 4, LPIPS(x, x̂): `metric` takes two (B, 3, H, W) in [-1, 1] to (B,); then as `pixel_l1`."""
-    return metric(predicted, images).float().sum() / samples
+    return at_least_fp32(metric(predicted, images)).sum() / samples
 
 
 def reconstruction_loss(

@@ -13,7 +13,7 @@ from openvision3.model.openvision3 import OpenVision3
 from openvision3.training.checkpoint import checkpoint_step, checkpoints
 from openvision3.training.memory import STATE_BYTES, activation_bytes
 from openvision3.training.precision import Precision, resolve_device
-from openvision3.training.setup import BERT_VOCABULARY, run_folder
+from openvision3.training.setup import BERT_VOCABULARY, run_folder, trained_model
 from openvision3.training.stages import Stage, plan, validate
 from openvision3.vae import TINY_FOLDER, FrozenVAE, load_vae
 
@@ -31,7 +31,7 @@ def dry_run(config: TrainConfig | VAETrainConfig, device: str = "auto") -> str:
     missing = list(missing_parts(config))
     vae = _vae_on_disk(config)
     with torch.device("meta"):
-        model = OpenVision3(config.model)
+        model = OpenVision3(trained_model(config))
     stages = plan(config)
     lines += [f"recipe {config.recipe}, in {run_folder(config)}, on {place}", ""]
     lines += _part_lines(model, vae, stages)

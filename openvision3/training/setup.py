@@ -10,6 +10,7 @@ from openvision3.config import ModelConfig, OpenVisionError, TrainConfig
 from openvision3.data.batches import Batch, BatchStream
 from openvision3.data.shards import open_source
 from openvision3.data.tokenizer import CaptionTokenizer, bert_tokenizer, demo_tokenizer
+from openvision3.distributed import ALONE, World
 from openvision3.evaluation.perceptual import load_lpips
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.training.checkpoint import named_tensors
@@ -49,6 +50,12 @@ def build_tokenizer(config: ModelConfig) -> CaptionTokenizer | None:
     return tokenizer
 
 
+def trained_model(config: TrainConfig) -> ModelConfig:
+    """The recipe's model, with the parameters that its losses need."""
+    sigmoid = config.model.text_encoder is not None and config.loss.contrastive == "sigmoid"
+    return replace(config.model, logit_bias=sigmoid)
+
+
 def build_model(config: TrainConfig, device: torch.device, random: bool = True) -> OpenVision3:
     """The model on its device, with its frozen VAE and tokenizer.
 
@@ -56,7 +63,7 @@ def build_model(config: TrainConfig, device: torch.device, random: bool = True) 
     """
     vae = load_vae(config.model.vae) if config.model.input == "latents" else None
     torch.manual_seed(config.seed)
-    model = OpenVision3(config.model, vae, build_tokenizer(config.model))
+    model = OpenVision3(trained_model(config), vae, build_tokenizer(config.model))
     if random and config.init:
         copy_weights(OpenVision3.load(config.init, vae=None), model, config.init)
     model.set_checkpointing(config.checkpoint_blocks)
@@ -77,12 +84,21 @@ def copy_weights(source: OpenVision3, target: OpenVision3, name: str) -> None:
             tensor.copy_(stored[key])
 
 
-def build_objective(config: TrainConfig, stage: Stage, model: OpenVision3, precision: Precision) -> Objective:
+def build_objective(
+    config: TrainConfig, stage: Stage, model: OpenVision3, precision: Precision, world: World = ALONE
+) -> Objective:
     """Eq. 6 of a stage. LPIPS is loaded only where the stage's lambda is not 0."""
     weight = stage.config.lpips_weight
     perceptual = load_lpips(config.loss.lpips_net).to(model.device) if weight > 0 else None
     return Objective(
-        model, config.loss, weight, perceptual, seed=config.seed, micro_batch=config.micro_batch, precision=precision
+        model,
+        config.loss,
+        weight,
+        perceptual,
+        seed=config.seed,
+        micro_batch=config.micro_batch,
+        precision=precision,
+        world=world,
     )
 
 
