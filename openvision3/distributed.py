@@ -30,7 +30,8 @@ class World:
         if self.size == 1:
             return tensor
         gathered = tensor.new_empty(self.size * tensor.shape[0], *tensor.shape[1:])
-        dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=self.group)
+        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since PyTorch 2.14
+        gather(gathered, tensor.contiguous(), group=self.group)
         return gathered
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
