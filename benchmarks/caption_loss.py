@@ -1,11 +1,11 @@
 """Time and memory of the caption loss's ways to be computed, forward and backward, on this machine's CPU.
 
-    python benchmarks/caption_loss.py                  # the demo's shape, and a micro-batch of the paper's, fp32 and bf16
+    python benchmarks/caption_loss.py          # shapes of the demo and of a micro-batch of the paper; fp32 and bf16
     python benchmarks/caption_loss.py --rows 8192 --width 512 --vocabulary 30522
 
-Each way runs in a process of its own. Time: the fastest of several runs, interleaved in rounds. Memory: the growth of the
-peak resident size over that of the inputs, which holds the gradients too. Error: relative L2 of the gradients against
-the plain loss in fp64.
+Each way runs in a process of its own. Time: the fastest of several runs, interleaved in rounds. Memory: the growth of
+the peak resident size (Linux, VmHWM) over that of the inputs, which holds the gradients too. Error: of the loss, and
+relative L2 of the gradients, against the plain loss in fp64 (where its logits fit).
 """
 
 import argparse

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from openvision3 import losses
+from openvision3 import chunked, losses
 
 
 def test_noise_is_scaled_per_image_and_by_the_rms():
@@ -55,6 +55,49 @@ def test_caption_loss_ignores_padding_and_nothing_else():
     assert losses.caption_loss(logits, torch.eye(4), targets, pad_id=0, normalizer=5).item() == pytest.approx(expected)
     with_id_0 = expected + math.log(4) / 5
     assert losses.caption_loss(logits, torch.eye(4), targets, pad_id=3, normalizer=5).item() == pytest.approx(with_id_0)
+
+
+@pytest.mark.parametrize("block", [2**22, 30, 1])
+def test_caption_loss_in_blocks_is_that_of_all_logits(block: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(chunked, "BLOCK", block)
+    torch.manual_seed(0)
+    hidden = torch.randn(3, 5, 6, dtype=torch.float64, requires_grad=True)
+    output = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 9, (3, 5))
+    targets[:, 3:] = 2  # padding
+    whole = F.cross_entropy((hidden @ output.T).flatten(0, 1), targets.flatten(), ignore_index=2, reduction="sum") / 7
+    found = losses.caption_loss(hidden, output, targets, 2, 7)
+    torch.testing.assert_close(found, whole, rtol=1e-12, atol=0)
+    gradients = (torch.autograd.grad(3 * loss, (hidden, output)) for loss in (found, whole))
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)
+    only_output = losses.caption_loss(hidden.detach(), output, targets, 2, 7)
+    torch.testing.assert_close(torch.autograd.grad(only_output, output), torch.autograd.grad(whole, output))
+
+
+@pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="needs PyTorch 2.13")
+def test_caption_loss_is_that_of_pytorch():
+    torch.manual_seed(0)
+    hidden, output = torch.randn(64, 16, requires_grad=True), torch.randn(300, 16, requires_grad=True)
+    targets = torch.randint(0, 20, (64,))
+    theirs = F.linear_cross_entropy(
+        hidden, output, targets, ignore_index=0, reduction="sum", options=torch.nn.LinearCrossEntropyOptions()
+    )
+    ours = losses.caption_loss(hidden, output, targets, 0, 1)
+    assert abs(ours.item() / theirs.item() - 1) < 1e-6
+    for mine, other in zip(*(torch.autograd.grad(x, (hidden, output)) for x in (ours, theirs)), strict=True):
+        assert (mine - other).norm() / other.norm() < 1e-6
+
+
+def test_caption_loss_under_autocast():
+    torch.manual_seed(0)
+    hidden, output = torch.randn(400, 16, requires_grad=True), torch.randn(300, 16, requires_grad=True)
+    targets = torch.randint(0, 20, (400,))
+    exact = losses.caption_loss(hidden, output, targets, 0, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = losses.caption_loss(hidden, output, targets, 0, 1)
+    assert rough.dtype == torch.float32 and 0 < abs(rough.item() / exact.item() - 1) < 1e-3
+    for mine, right in zip(*(torch.autograd.grad(x, (hidden, output)) for x in (rough, exact)), strict=True):
+        assert mine.dtype == torch.float32 and (mine - right).norm() / right.norm() < 1e-2
 
 
 def test_micro_batches_add_up_to_the_whole_batch():
