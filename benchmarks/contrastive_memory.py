@@ -3,13 +3,18 @@
     python benchmarks/contrastive_memory.py                 # local batch 1,024 of a global 32,768, width 512; minutes
     python benchmarks/contrastive_memory.py --world 4 --local 256
 
-The world is simulated: this process holds the features of all, and takes the part of each rank in turn. Memory is the
-growth of the peak resident size (Linux, VmHWM) over forward and backward pass of one rank, above the gathered features;
-it holds the gradients. The plain losses are rank by rank `cross_entropy` or `logsigmoid` over a whole (local, global)
-matrix, with gradients to all features; shares and gradients are summed over all ranks and compared, in fp32.
+The world is simulated: this process holds the features of all, and takes the part of each rank in turn. Memory is what
+forward and backward pass of one rank take at most above the gathered features, gradients and the rank's own features
+among it: by PyTorch's count of tensors' bytes, and as growth of the peak resident size (Linux, VmHWM), which holds what
+the matrix library takes too. The plain losses are rank by rank `cross_entropy` or `logsigmoid` over a whole (local,
+global) matrix, with gradients to all features; shares and gradients are summed over all ranks and compared, in fp32.
+Seconds are the processor's.
 """
 
 import argparse
+import functools
+import json
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -94,14 +99,31 @@ def all_ranks(way: Way, kind: str, worlds: list[Simulated], everyone: Everyone) 
     return found
 
 
-def peak_growth(run: Callable[[], object]) -> tuple[float, float]:
+def peak_resident(run: Callable[[], object], everyone: Everyone) -> tuple[float, float]:
     """MiB by which the resident size grew at most during `run`, and seconds."""
+    for features in everyone:
+        features.sum()  # brings back pages that the system took away
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before, start = resident("VmRSS"), time.perf_counter()
-    kept = run()
-    seconds = time.perf_counter() - start
-    del kept
+    before, start = resident("VmRSS"), time.process_time()
+    run()
+    seconds = time.process_time() - start
     return resident("VmHWM") - before, seconds
+
+
+def peak_tensors(run: Callable[[], object]) -> float:
+    """MiB of tensors' storage that `run` held at most at a time, those inside operators too, by PyTorch's profiler."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    held, peak = 0, 0
+    for event in sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak / 2**20
 
 
 def resident(name: str) -> float:
@@ -153,8 +175,10 @@ def main() -> None:
                     ours(kind, world, everyone)
         rank = worlds[size // 2]
         for name, way in (("ours", ours), ("plain", plain)):
-            grown, seconds = peak_growth(lambda: step(way, kind, rank, everyone))  # noqa: B023
-            print(f"{kind} {name:5}: peak {grown:7.1f} MiB above the gathered features, {seconds:.2f} s", flush=True)
+            run = functools.partial(step, way, kind, rank, everyone)
+            grown, seconds = peak_resident(run, everyone)
+            line = f"{kind} {name:5}: at most {peak_tensors(run):6.1f} MiB of tensors, resident size + {grown:6.1f} MiB"
+            print(f"{line}, {seconds:.2f} s", flush=True)
         if options.memory_only:
             continue
         found, expected = (all_ranks(way, kind, worlds, everyone) for way in (ours, plain))
