@@ -24,7 +24,7 @@ from torch import Tensor
 from openvision3 import chunked
 
 # rows: captions times tokens
-SHAPES = {"demo": (64 * 24, 192, 1888), "paper": (64 * 127, 512, 30522)}
+SHAPES = {"demo": (64 * 24, 192, 1888), "paper": (16 * 127, 512, 30522)}
 
 
 def plain(hidden: Tensor, output: Tensor, targets: Tensor) -> Tensor:
@@ -103,10 +103,10 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3, help="processes for each way")
     parser.add_argument("--runs", type=int, default=3, help="runs in each process")
-    parser.add_argument("--block", type=int, default=chunked.BLOCK, help="elements of a block of ours")
+    parser.add_argument("--block", type=int, default=chunked.CPU_ROWS, help="rows of a block of ours")
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    chunked.BLOCK = options.block
+    chunked.CPU_ROWS = options.block
     if options.one:
         way, precision, *shape = options.one
         rows, width, vocabulary = map(int, shape)

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK = 2**22  # elements of a block of logits: 16 MiB in fp32
+# Rows of a block of logits. On a CPU few enough to stay in its cache (benchmarks/caption_loss.py); elsewhere enough to
+# fill the device, 120 MiB in fp32 at BERT's vocabulary.
+CPU_ROWS, DEVICE_ROWS = 128, 1024
 
 
-def blocks(rows: int, columns: int, elements: int) -> Iterator[slice]:
-    """Consecutive slices of `rows`, such that one of them by all `columns` has at most `elements` (or is one row)."""
-    size = max(1, elements // columns)
+def blocks(rows: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of `rows`, of `size` each but the last."""
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
 
@@ -38,21 +39,20 @@ class LinearCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_output = torch.zeros_like(output, dtype=full) if ctx.needs_input_grad[1] else None
         matrix = output.to(dtype)
-        for part in blocks(len(hidden), len(output), BLOCK):
+        for part in blocks(len(hidden), CPU_ROWS if kind == "cpu" else DEVICE_ROWS):
             inputs, labels = hidden[part].to(dtype), targets[part, None]
             used = labels != ignored
             log_p = (inputs @ matrix.T).to(full).log_softmax(dim=1)
             total -= (log_p.gather(1, labels) * used).sum()
             if d_hidden is None and d_output is None:
                 continue
-            d_logits = log_p.exp_().scatter_add_(1, labels, -torch.ones_like(labels, dtype=full)).mul_(used)
-            d_logits = d_logits.to(dtype)
+            d_logits = log_p.exp_().scatter_add_(1, labels, -torch.ones_like(labels, dtype=full)).to(dtype)
             if d_hidden is not None:
-                d_hidden[part] = d_logits @ matrix
+                d_hidden[part] = (d_logits @ matrix) * used
             if d_output is not None and dtype == full:
-                d_output.addmm_(d_logits.T, inputs)
+                d_output.addmm_(d_logits.T, inputs * used)
             elif d_output is not None:
-                d_output += d_logits.T @ inputs
+                d_output += d_logits.T @ (inputs * used)
         ctx.save_for_backward(d_hidden, d_output)
         return total
 

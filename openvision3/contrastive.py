@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from openvision3.chunked import BLOCK, at_least_fp32, blocks
+from openvision3.chunked import at_least_fp32, blocks
 from openvision3.distributed import ALONE, World
+
+BLOCK = 2**22  # elements of a block of logits: 16 MiB in fp32
 
 
 class Everyone(NamedTuple):
@@ -83,7 +85,7 @@ def _logits(rows: Tensor, columns: Tensor, factor: Tensor, first: int) -> Iterat
 
     Row 0 matches column `first`.
     """
-    for part in blocks(len(rows), len(columns), BLOCK):
+    for part in blocks(len(rows), max(1, BLOCK // len(columns))):
         logits = (factor * rows[part]) @ columns.T
         yield part, logits, logits.diagonal(first + part.start)
 

@@ -87,7 +87,7 @@ def contrastive_results(kind: Kind, world: World = ALONE) -> dict[str, Tensor]:
 def main() -> None:
     rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
-    chunked.BLOCK = contrastive.BLOCK = 50  # several blocks, and their last ones smaller
+    contrastive.BLOCK, chunked.CPU_ROWS = 50, 5  # several blocks, and their last ones smaller
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{size}", rank=rank, world_size=size)
     world = World(rank, size)
     found: dict[str, dict[str, Tensor]] = {}
