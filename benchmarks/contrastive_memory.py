@@ -8,10 +8,11 @@ forward and backward pass of one rank take at most above the gathered features, 
 among it: by PyTorch's count of tensors' bytes, and as growth of the peak resident size (Linux, VmHWM), which holds what
 the matrix library takes too. The plain losses are rank by rank `cross_entropy` or `logsigmoid` over a whole (local,
 global) matrix, with gradients to all features; shares and gradients are summed over all ranks and compared, in fp32.
-Seconds are the processor's.
+Resident size and the processor's seconds are the least of three runs: the system's work beside them only adds.
 """
 
 import argparse
+import ctypes
 import functools
 import json
 import tempfile
@@ -101,6 +102,7 @@ def all_ranks(way: Way, kind: str, worlds: list[Simulated], everyone: Everyone) 
 
 def peak_resident(run: Callable[[], object], everyone: Everyone) -> tuple[float, float]:
     """MiB by which the resident size grew at most during `run`, and seconds."""
+    ctypes.CDLL(None).malloc_trim(0)  # gives back what earlier runs freed, or it would count as there before
     for features in everyone:
         features.sum()  # brings back pages that the system took away
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
@@ -176,7 +178,7 @@ def main() -> None:
         rank = worlds[size // 2]
         for name, way in (("ours", ours), ("plain", plain)):
             run = functools.partial(step, way, kind, rank, everyone)
-            grown, seconds = peak_resident(run, everyone)
+            grown, seconds = map(min, zip(*(peak_resident(run, everyone) for _ in range(3)), strict=True))
             line = f"{kind} {name:5}: at most {peak_tensors(run):6.1f} MiB of tensors, resident size + {grown:6.1f} MiB"
             print(f"{line}, {seconds:.2f} s", flush=True)
         if options.memory_only:

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from openvision3.chunked import at_least_fp32, blocks
 from openvision3.distributed import ALONE, World
 
-BLOCK = 2**22  # elements of a block of logits: 16 MiB in fp32
+BLOCK = 2**21  # elements of a block of logits: 8 MiB in fp32
 
 
 class Everyone(NamedTuple):
