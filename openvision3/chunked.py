@@ -30,8 +30,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     the rest in fp32 (fp64 for fp64), as is the sum over blocks of the output matrix's gradient. The forward pass makes
     the gradients along with the loss, so that each block's logits are computed once, and the backward pass scales them.
 
-    PyTorch's own (`linear_cross_entropy` with `options`, 2.13 and newer) saves as much memory and is as fast in fp32, but
-    under bf16 it takes the CPU two to three times as long, and rounds the loss to bf16 (benchmarks/caption_loss.py).
+    PyTorch's own (`linear_cross_entropy` with `options`, 2.13 and newer) saves as much memory and is as fast in fp32,
+    but under bf16 it takes a CPU up to three times as long, and rounds the loss to bf16 (benchmarks/caption_loss.py).
     """
 
     @staticmethod
