@@ -105,6 +105,7 @@ class ModelConfig:
     text_encoder: TextEncoderConfig | None = TextEncoderConfig()
     text_decoder: TextDecoderConfig | None = TextDecoderConfig()
     decoder_norm: bool = True  # LayerNorm before the decoder's linear layer; without it a token's scale comes through
+    logit_bias: bool = False  # learned bias of the sigmoid contrastive loss; a run has it where `LossConfig` says so
     noise_tau: float = 0.3  # Eq. 3: sigma ~ U[0, tau] per image
     noise_relative: bool = True  # sigma in units of the tokens' root mean square, so that growing does not escape it
     attention: AttentionPath = "auto"  # "auto": matmul-softmax on CPU, sdpa elsewhere; same mathematics
@@ -158,6 +159,7 @@ class LossConfig:
 
     beta: float = 0.4  # latent L1, Eq. 4
     alpha: float = 1.0  # contrastive, Eq. 5
+    contrastive: Literal["softmax", "sigmoid"] = "softmax"  # InfoNCE (the paper's), or SigLIP's loss over pairs
     omega_rec: float = 0.5  # Eq. 6
     omega_und: float = 1.0  # Eq. 6
     pixel_stride: int = 1  # decode pixels for every n-th sample of the global batch (unbiased; 1 = all)

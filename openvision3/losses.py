@@ -1,14 +1,16 @@
 """The losses of OpenVision 3, Eqs. 3-6, as pure functions.
 
 Sums are divided by an explicit count, not by the size of what is passed in: the losses (and gradients) of the
-micro-batches of one global batch add up to those of the whole batch.
+micro-batches of one global batch, and of the processes that share it, add up to those of the whole batch. The
+contrastive loss, which compares all with all, is in `contrastive.py`.
 """
 
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from openvision3.chunked import LinearCrossEntropy, at_least_fp32
 
 
 def add_noise(tokens: Tensor, sigma: Tensor, epsilon: Tensor, rms: Tensor | float = 1.0) -> Tensor:
@@ -20,12 +22,13 @@ def add_noise(tokens: Tensor, sigma: Tensor, epsilon: Tensor, rms: Tensor | floa
     """
     assert sigma.shape == tokens.shape[:1] and epsilon.shape == tokens.shape, (sigma.shape, epsilon.shape, tokens.shape)
     rms = rms.detach() if isinstance(rms, Tensor) else rms
+    sigma = sigma.to(torch.promote_types(sigma.dtype, tokens.dtype))
     return tokens + (sigma * rms)[:, None, None].to(tokens.dtype) * epsilon.to(tokens.dtype)
 
 
-def root_mean_square(tokens: Tensor) -> Tensor:
-    """Root mean square over all elements, a scalar without gradient."""
-    return tokens.detach().float().square().mean().sqrt()
+def mean_square(tokens: Tensor) -> Tensor:
+    """Mean square over all elements, a scalar without gradient."""
+    return at_least_fp32(tokens.detach()).square().mean()
 
 
 def pixel_l1(predicted: Tensor, images: Tensor, samples: int | float) -> Tensor:
@@ -34,7 +37,7 @@ def pixel_l1(predicted: Tensor, images: Tensor, samples: int | float) -> Tensor:
     Both (B, 3, H, W), in [-1, 1] (the prediction not clamped). `samples`: pictures of the global batch that are scored.
     """
     assert predicted.shape == images.shape, (predicted.shape, images.shape)
-    return (predicted.float() - images.float()).abs().flatten(1).mean(dim=1).sum() / samples
+    return (at_least_fp32(predicted) - at_least_fp32(images)).abs().flatten(1).mean(dim=1).sum() / samples
 
 
 def latent_l1(predicted: Tensor, latents: Tensor, samples: int | float) -> Tensor:
@@ -46,7 +49,7 @@ def perceptual_loss(
     metric: Callable[[Tensor, Tensor], Tensor], predicted: Tensor, images: Tensor, samples: int | float
 ) -> Tensor:
     """Third term of Eq. 4, LPIPS(x, x̂): `metric` takes two (B, 3, H, W) in [-1, 1] to (B,); then as `pixel_l1`."""
-    return metric(predicted, images).float().sum() / samples
+    return at_least_fp32(metric(predicted, images)).sum() / samples
 
 
 def reconstruction_loss(
@@ -56,27 +59,18 @@ def reconstruction_loss(
     return pixel + beta * latent + lpips_weight * perceptual
 
 
-def contrastive_loss(image_embeddings: Tensor, text_embeddings: Tensor, temperature: Tensor | float) -> Tensor:
-    """Symmetric InfoNCE over a batch of matching rows (CLIP, arXiv 2103.00020).
+def caption_loss(
+    hidden: Tensor, output: Tensor, targets: Tensor, pad_id: int, normalizer: Tensor | int | float
+) -> Tensor:
+    """Cross-entropy of `hidden @ output.T` summed over the targets that are not padding, divided by `normalizer`.
 
-    Both (B, D), L2-normalised; `temperature` multiplies the cosines (`OpenVision3.temperature()`). Computed in fp32
-    under autocast too: at a temperature of 100, bf16 would round the logits to steps of a half.
+    hidden (B, L, W), output matrix (V, W); targets (B, L): the token after each input. `normalizer`: number of targets
+    that are not padding in the global batch (a mean of micro-batch means would weigh short captions more). The logits
+    (B, L, V) are never all there: see `chunked.LinearCrossEntropy`.
     """
-    assert image_embeddings.shape == text_embeddings.shape, (image_embeddings.shape, text_embeddings.shape)
-    with torch.autocast(image_embeddings.device.type, enabled=False):
-        logits = temperature * image_embeddings.float() @ text_embeddings.float().T
-        labels = torch.arange(logits.shape[0], device=logits.device)
-        return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-
-
-def caption_loss(logits: Tensor, targets: Tensor, pad_id: int, normalizer: Tensor | int | float) -> Tensor:
-    """Cross-entropy summed over the targets that are not padding, divided by `normalizer`.
-
-    logits (B, L, V); targets (B, L): the token after each input. `normalizer`: number of targets that are not padding
-    in the global batch (a mean of micro-batch means would weigh short captions more).
-    """
-    flat = logits.flatten(0, 1).float()
-    return F.cross_entropy(flat, targets.flatten(), ignore_index=pad_id, reduction="sum") / normalizer
+    assert hidden.shape[:-1] == targets.shape, (hidden.shape, targets.shape)
+    total = LinearCrossEntropy.apply(hidden.flatten(0, -2), output, targets.flatten(), pad_id)
+    return total / normalizer
 
 
 def understanding_loss(caption: Tensor, contrastive: Tensor, alpha: float) -> Tensor:

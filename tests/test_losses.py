@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from openvision3 import losses
+from openvision3 import chunked, losses
 
 
 def test_noise_is_scaled_per_image_and_by_the_rms():
@@ -21,7 +21,7 @@ def test_noise_unit_has_no_gradient():
     noisy = losses.add_noise(tokens, torch.ones(2), torch.randn(2, 3, 4), rms)
     (gradient,) = torch.autograd.grad(noisy.sum(), tokens)
     assert torch.equal(gradient, torch.ones_like(tokens))
-    torch.testing.assert_close(losses.root_mean_square(torch.tensor([3.0, 4.0, 0.0, 0.0])), torch.tensor(2.5))
+    torch.testing.assert_close(losses.mean_square(torch.tensor([3.0, 4.0, 0.0, 0.0])), torch.tensor(6.25))
 
 
 def test_l1_is_a_mean_over_pictures():
@@ -47,30 +47,58 @@ def test_weighted_sums():
     assert losses.total_loss(torch.tensor(2.0), torch.tensor(3.0), 0.5, 1.0).item() == pytest.approx(4.0)
 
 
-def test_contrastive_loss_by_hand():
-    image = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    text = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
-    rows = [math.log(math.e**2 + math.e**1.2) - 2, math.log(1 + math.e**1.6) - 1.6]
-    columns = [math.log(math.e**2 + 1) - 2, math.log(math.e**1.2 + math.e**1.6) - 1.6]
-    assert losses.contrastive_loss(image, text, 2.0).item() == pytest.approx((sum(rows) + sum(columns)) / 4, abs=1e-6)
-
-
-def test_contrastive_loss_is_exact_under_bf16_autocast():
-    torch.manual_seed(0)
-    image, text = F.normalize(torch.randn(8, 32), dim=-1), F.normalize(torch.randn(8, 32), dim=-1)
-    expected = losses.contrastive_loss(image, text, 100.0)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(losses.contrastive_loss(image, text, 100.0), expected)
-
-
 def test_caption_loss_ignores_padding_and_nothing_else():
     logits = torch.zeros(1, 3, 4)
     logits[0, 0, 1] = math.log(3.0)  # probability 1/2
     targets = torch.tensor([[1, 2, 0]])
     expected = (math.log(2) + math.log(4)) / 5
-    assert losses.caption_loss(logits, targets, pad_id=0, normalizer=5).item() == pytest.approx(expected)
+    assert losses.caption_loss(logits, torch.eye(4), targets, pad_id=0, normalizer=5).item() == pytest.approx(expected)
     with_id_0 = expected + math.log(4) / 5
-    assert losses.caption_loss(logits, targets, pad_id=3, normalizer=5).item() == pytest.approx(with_id_0)
+    assert losses.caption_loss(logits, torch.eye(4), targets, pad_id=3, normalizer=5).item() == pytest.approx(with_id_0)
+
+
+@pytest.mark.parametrize("rows", [128, 4, 1])
+def test_caption_loss_in_blocks_is_that_of_all_logits(rows: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(chunked, "CPU_ROWS", rows)
+    torch.manual_seed(0)
+    hidden = torch.randn(3, 5, 6, dtype=torch.float64, requires_grad=True)
+    output = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 9, (3, 5))
+    targets[:, 3:] = 2  # padding
+    whole = F.cross_entropy((hidden @ output.T).flatten(0, 1), targets.flatten(), ignore_index=2, reduction="sum") / 7
+    found = losses.caption_loss(hidden, output, targets, 2, 7)
+    torch.testing.assert_close(found, whole, rtol=1e-12, atol=0)
+    gradients = torch.autograd.grad(whole, (hidden, output))
+    twice = torch.autograd.grad(2 * found, (hidden, output))
+    torch.testing.assert_close(twice, tuple(2 * gradient for gradient in gradients), rtol=1e-12, atol=1e-15)
+    frozen = losses.caption_loss(hidden.detach(), output, targets, 2, 7)
+    torch.testing.assert_close(torch.autograd.grad(frozen, output)[0], gradients[1], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="needs PyTorch 2.13")
+def test_caption_loss_is_that_of_pytorch():
+    torch.manual_seed(0)
+    hidden, output = torch.randn(64, 16, requires_grad=True), torch.randn(300, 16, requires_grad=True)
+    targets = torch.randint(0, 20, (64,))
+    theirs = F.linear_cross_entropy(
+        hidden, output, targets, ignore_index=0, reduction="sum", options=torch.nn.LinearCrossEntropyOptions()
+    )
+    ours = losses.caption_loss(hidden, output, targets, 0, 1)
+    assert abs(ours.item() / theirs.item() - 1) < 1e-6
+    for mine, other in zip(*(torch.autograd.grad(x, (hidden, output)) for x in (ours, theirs)), strict=True):
+        assert (mine - other).norm() / other.norm() < 1e-6
+
+
+def test_caption_loss_under_autocast():
+    torch.manual_seed(0)
+    hidden, output = torch.randn(400, 16, requires_grad=True), torch.randn(300, 16, requires_grad=True)
+    targets = torch.randint(0, 20, (400,))
+    exact = losses.caption_loss(hidden, output, targets, 0, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = losses.caption_loss(hidden, output, targets, 0, 1)
+    assert rough.dtype == torch.float32 and 0 < abs(rough.item() / exact.item() - 1) < 1e-3
+    for mine, right in zip(*(torch.autograd.grad(x, (hidden, output)) for x in (rough, exact)), strict=True):
+        assert mine.dtype == torch.float32 and (mine - right).norm() / right.norm() < 1e-2
 
 
 def test_micro_batches_add_up_to_the_whole_batch():
@@ -84,8 +112,8 @@ def test_micro_batches_add_up_to_the_whole_batch():
     parts = torch.stack([losses.pixel_l1(predicted[i : i + 2], images[i : i + 2], 6) for i in (0, 2, 4)]).sum()
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(torch.autograd.grad(parts, predicted), torch.autograd.grad(whole, predicted))
-    whole = losses.caption_loss(logits, targets, 0, count)
-    shares = [losses.caption_loss(logits[i : i + 2], targets[i : i + 2], 0, count) for i in (0, 2, 4)]
+    whole = losses.caption_loss(logits, torch.eye(7), targets, 0, count)
+    shares = [losses.caption_loss(logits[i : i + 2], torch.eye(7), targets[i : i + 2], 0, count) for i in (0, 2, 4)]
     parts = torch.stack(shares).sum()
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(whole, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=0))

@@ -167,6 +167,29 @@ def test_lpips_is_loaded_only_where_lambda_asks_for_it(vae: VAEConfig, monkeypat
         setup.build_objective(config, second, build(vae), "fp32")
 
 
+def test_sigmoid_loss_has_a_learned_bias(vae: VAEConfig, batch: Batch, tmp_path: Path) -> None:
+    config = replace(tiny_config(tmp_path, vae), loss=replace(LOSS, contrastive="sigmoid"))
+    model = setup.build_model(config, CPU)
+    assert model.logit_bias is not None
+    assert model.temperature().item() == pytest.approx(10) and model.logit_bias.item() == -10
+    found = Objective(model, config.loss, seed=3).backward(batch)
+    assert found["logit_bias"] == -10 and gradients(model)["logit_bias"] != 0
+    image = model.pool(model.encode(batch.images.float() / 127.5 - 1))
+    expected = torch.zeros(())
+    for ids in (batch.alt_ids, batch.caption_text_ids):
+        signs = 2 * torch.eye(8) - 1
+        logits = 10 * image @ model.embed_text_ids(ids).T - 10
+        expected = expected - F.logsigmoid(signs * logits).sum() / 8 / 2
+    torch.testing.assert_close(found["contrastive"], expected.detach(), rtol=1e-5, atol=1e-6)
+
+    model.logit_bias.data.fill_(-7.0)
+    model.save(tmp_path / "model")
+    loaded = OpenVision3.load(tmp_path / "model", vae=None)
+    assert loaded.logit_bias is not None and loaded.logit_bias.item() == -7
+    assert setup.build_model(tiny_config(tmp_path, vae), CPU).logit_bias is None
+    assert not setup.trained_model(replace(config, model=replace(config.model, text_encoder=None))).logit_bias
+
+
 def test_noise_depends_on_seed_and_position_alone() -> None:
     sigma, epsilon = draw_noise(5, [7, 8, 9], (4, 6), 0.3, CPU)
     sigma_alone, epsilon_alone = draw_noise(5, [8], (4, 6), 0.3, CPU)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP's clamp
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
+SIGMOID_LOGIT_SCALE, SIGMOID_LOGIT_BIAS = math.log(10), -10.0  # initial ones of the sigmoid loss (SigLIP, section 3.2)
 
 Part = TypeVar("Part")
 
@@ -31,11 +32,12 @@ class OpenVision3(nn.Module):
     """Unified visual encoder (OpenVision 3, arXiv 2601.15369): image to tokens, tokens to image, embedding, caption.
 
     A part that `config` has as None is missing; using it raises `OpenVisionError`. `logit_scale` is the logarithm of
-    the contrastive temperature; buffer `token_rms` records the tokens' root mean square, the unit of the
-    noise of Eq. 3.
+    the contrastive temperature, and `logit_bias` the bias of the sigmoid loss, for models with `config.logit_bias`;
+    buffer `token_rms` records the tokens' root mean square, the unit of the noise of Eq. 3.
     """
 
     logit_scale: nn.Parameter
+    logit_bias: nn.Parameter | None
     token_rms: Tensor
 
     def __init__(
@@ -54,7 +56,9 @@ class OpenVision3(nn.Module):
             if config.text_decoder
             else None
         )
-        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
+        scale = SIGMOID_LOGIT_SCALE if config.logit_bias else INITIAL_LOGIT_SCALE
+        self.logit_scale = nn.Parameter(torch.tensor(scale))
+        self.logit_bias = nn.Parameter(torch.tensor(SIGMOID_LOGIT_BIAS)) if config.logit_bias else None
         self.register_buffer("token_rms", torch.ones(()))
         self.vae: FrozenVAE | None = None
         self.tokenizer: CaptionTokenizer | None = None
@@ -166,6 +170,14 @@ class OpenVision3(nn.Module):
         """
         return self._need(self.text_decoder, "text decoder")(tokens, caption_ids[:, :-1], grid)
 
+    def caption_loss(self, tokens: Tensor, caption_ids: Tensor, normalizer: Tensor | int | float) -> Tensor:
+        """Cross-entropy of `caption_logits`, summed over targets that are not padding, divided by `normalizer`.
+
+        The logits are never all there (see `losses.caption_loss`).
+        """
+        decoder = self._need(self.text_decoder, "text decoder")
+        return decoder.loss(tokens, caption_ids[:, :-1], caption_ids[:, 1:], normalizer)
+
     def caption(
         self,
         images: Tensor | None = None,
@@ -212,7 +224,8 @@ class OpenVision3(nn.Module):
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
         if isinstance(self.encoder, ExternalEncoder):
             counts["encoder"] += self.encoder.tower_parameters()
-        return counts | {"temperature": self.logit_scale.numel()}
+        scalars = {"temperature": self.logit_scale, "logit_bias": self.logit_bias}
+        return counts | {name: scalar.numel() for name, scalar in scalars.items() if scalar is not None}
 
     def flops(self, resolution: int) -> dict[str, float]:
         """Floating-point operations of one sample's forward pass by part, at a square resolution in pixels."""

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openvision3.config import AttentionPath, OpenVisionError, TextDecoderConfig, TextEncoderConfig
+from openvision3.losses import caption_loss
 from openvision3.model.blocks import (
     EMBEDDING_STD,
     Block,
@@ -120,6 +121,15 @@ class CaptionDecoder(nn.Module):
 
         `grid`: rows and columns of a picture that is not square; it matters to `image_positions` alone.
         """
+        return F.linear(self._hidden(tokens, ids, grid), self.embedding.tokens)
+
+    def loss(self, tokens: Tensor, ids: Tensor, targets: Tensor, normalizer: Tensor | int | float) -> Tensor:
+        """`losses.caption_loss` of `forward`'s logits, which are never all there; targets (B, L)."""
+        hidden = self._hidden(tokens, ids, None)
+        return caption_loss(hidden, self.embedding.tokens, targets, self.config.pad_id, normalizer)
+
+    def _hidden(self, tokens: Tensor, ids: Tensor, grid: tuple[int, int] | None) -> Tensor:
+        """What the output matrix multiplies, (B, L, W)."""
         length = ids.shape[1]
         image, text = self._image(tokens, grid), self.embedding(ids)
         if self.image_projection is None:
@@ -128,7 +138,7 @@ class CaptionDecoder(nn.Module):
             prefix = image.shape[1]
             x = torch.cat([self.image_projection(image).to(text.dtype), text], dim=1)
             x = self.transformer(x, causal_mask(length, prefix, text.device), first_query=prefix)
-        return self._logits(x)
+        return self.norm(x)
 
     def start(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> DecoderState:
         """Reads the image tokens (B, N, W_enc) once; `grid` as in `forward`."""
@@ -149,7 +159,7 @@ class CaptionDecoder(nn.Module):
         for index, block in enumerate(self._blocks()):
             x, state.past[index] = block.step(x, cross=state.cross[index], past=state.past[index])
         state.length += 1
-        return self._logits(x)[:, 0]
+        return F.linear(self.norm(x), self.embedding.tokens)[:, 0]
 
     def _image(self, tokens: Tensor, grid: tuple[int, int] | None) -> Tensor:
         image = self.image_norm(tokens)
@@ -161,9 +171,6 @@ class CaptionDecoder(nn.Module):
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.transformer.blocks if isinstance(block, Block)]
-
-    def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(self.norm(x), self.embedding.tokens)
 
 
 def causal_mask(length: int, prefix: int, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ from openvision3.training.checkpoint import checkpoint_step, checkpoints
 from openvision3.training.frozen import LOSSES, part_of, trained_losses
 from openvision3.training.memory import STATE_BYTES, activation_bytes
 from openvision3.training.precision import Precision, resolve_device
-from openvision3.training.setup import BERT_VOCABULARY, run_folder
+from openvision3.training.setup import BERT_VOCABULARY, run_folder, trained_model
 from openvision3.training.stages import Stage, plan, validate
 from openvision3.vae import TINY_FOLDER, FrozenVAE, load_vae
 
@@ -35,7 +35,7 @@ def dry_run(config: TrainConfig | VAETrainConfig, device: str = "auto") -> str:
     missing = list(missing_parts(config))
     vae = _vae_on_disk(config)
     with torch.device("meta"):
-        model = OpenVision3(config.model)
+        model = OpenVision3(trained_model(config))
     if config.model.external is not None and isinstance(model.encoder, ExternalEncoder):
         model.encoder.attach(load_external(config.model.external, "cpu", torch.float32))
     stages = plan(config)

@@ -49,7 +49,7 @@ def activation_bytes(
         if "contrastive" in trained and (text := config.model.text_encoder):
             parts["text_encoder"] = lambda n: model.embed_text_ids(ids(2 * n, text.context_length))
         if "caption" in trained and (caption := config.model.text_decoder):
-            parts["text_decoder"] = lambda n: _caption_loss(model, tokens(n), ids(n, caption.context_length))
+            parts["text_decoder"] = lambda n: model.caption_loss(tokens(n), ids(n, caption.context_length), 1)
         if "reconstruction" in trained and model.vae is not None:
             decode = model.vae.decode
             parts["vae_decoder"] = lambda n: decode(torch.empty(n, channels, side, side, requires_grad=True))
@@ -101,7 +101,3 @@ def _pair(decoder: nn.Module | None, tokens: Tensor, grid: tuple[int, int]) -> t
     assert decoder is not None
     output = decoder(tokens, grid).float()
     return output, torch.empty_like(output)
-
-
-def _caption_loss(model: OpenVision3, tokens: Tensor, ids: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(model.caption_logits(tokens, ids).flatten(0, 1).float(), ids[:, 1:].flatten())

@@ -11,6 +11,7 @@ from openvision3.config import ModelConfig, ModelPart, OpenVisionError, TrainCon
 from openvision3.data.batches import Batch, BatchStream
 from openvision3.data.shards import open_source
 from openvision3.data.tokenizer import CaptionTokenizer, bert_tokenizer, demo_tokenizer
+from openvision3.distributed import ALONE, World
 from openvision3.evaluation.perceptual import load_lpips
 from openvision3.hub.encoders import load_external
 from openvision3.model.external import ExternalEncoder
@@ -52,6 +53,12 @@ def build_tokenizer(config: ModelConfig) -> CaptionTokenizer | None:
     return tokenizer
 
 
+def trained_model(config: TrainConfig) -> ModelConfig:
+    """The recipe's model, with the parameters that its losses need."""
+    sigmoid = config.model.text_encoder is not None and config.loss.contrastive == "sigmoid"
+    return replace(config.model, logit_bias=sigmoid)
+
+
 def build_model(config: TrainConfig, device: torch.device, random: bool = True) -> OpenVision3:
     """The model on its device, with its frozen VAE and tokenizer.
 
@@ -64,7 +71,7 @@ def build_model(config: TrainConfig, device: torch.device, random: bool = True) 
     if vae is None and config.model.input == "latents":
         vae = load_vae(config.model.vae)
     torch.manual_seed(config.seed)
-    model = OpenVision3(config.model, vae, choose_tokenizer(config, source))
+    model = OpenVision3(trained_model(config), vae, choose_tokenizer(config, source))
     if source is not None:
         copy_weights(source, model, config.init, config.attach)
     if config.model.external is not None and isinstance(model.encoder, ExternalEncoder):
@@ -122,7 +129,9 @@ def copy_weights(source: OpenVision3, target: OpenVision3, name: str, attach: Co
             tensor.copy_(stored[key])
 
 
-def build_objective(config: TrainConfig, stage: Stage, model: OpenVision3, precision: Precision) -> Objective:
+def build_objective(
+    config: TrainConfig, stage: Stage, model: OpenVision3, precision: Precision, world: World = ALONE
+) -> Objective:
     """Eq. 6 of a stage. LPIPS is loaded only where the stage's lambda is not 0."""
     weight = stage.config.lpips_weight
     perceptual = load_lpips(config.loss.lpips_net).to(model.device) if weight > 0 else None
@@ -135,6 +144,7 @@ def build_objective(config: TrainConfig, stage: Stage, model: OpenVision3, preci
         micro_batch=config.micro_batch,
         precision=precision,
         frozen=config.frozen,
+        world=world,
     )
 
 

@@ -3,7 +3,8 @@
 A batch may go through the model in micro-batches; the losses stay those of the whole batch. Sums are divided by the
 whole batch's counts, the noise of a sample depends on its position alone, and the contrastive loss, which compares
 every image with every text, takes two passes: the first collects the features of all samples without a graph, the loss
-gives the gradient of each feature, and the second pass carries it on into the towers.
+gives the gradient of each feature, and the second pass carries it on into the towers. So may it be spread over
+processes (`World`): each has the losses' shares of its own samples, and exchanges features and counts.
 """
 
 from collections.abc import Collection, Iterator
@@ -13,8 +14,11 @@ import torch
 from torch import Tensor
 
 from openvision3 import losses
+from openvision3.chunked import at_least_fp32
 from openvision3.config import LossConfig, ModelPart
+from openvision3.contrastive import Everyone, contrastive_loss, sigmoid_loss
 from openvision3.data.batches import Batch
+from openvision3.distributed import ALONE, World
 from openvision3.evaluation.perceptual import Perceptual
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.training.frozen import trained_losses
@@ -29,32 +33,33 @@ Losses = dict[str, Tensor]  # by part, scalars
 class MicroBatch:
     """Consecutive samples of a batch, on the device."""
 
-    start: int  # of its first sample, within the batch
+    start: int  # of its first sample, within the global batch
     positions: list[int]  # within the run, which the noise depends on
     pixels: Tensor  # uint8 (M, 3, R, R): a quarter of the images' memory, where the whole batch waits
     latents: Tensor | None  # (M, C, h, w) scaled VAE latents; None where neither model nor loss has a use for them
     alt_ids: Tensor  # (M, Lc)
     caption_text_ids: Tensor  # (M, Lc)
     caption_ids: Tensor  # (M, Ld)
+    dtype: torch.dtype  # of the weights
 
     @property
     def images(self) -> Tensor:
         """(M, 3, R, R) in [-1, 1]."""
-        return self.pixels.float() / 127.5 - 1
+        return self.pixels.to(self.dtype) / 127.5 - 1
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Denominators of the whole batch's means."""
+    """Denominators of the global batch's means."""
 
     samples: int
     compared: int  # pictures whose pixels are decoded and compared
-    target_tokens: int  # caption tokens to predict
+    target_tokens: Tensor | int  # caption tokens to predict
 
 
 @dataclass(frozen=True)
 class Features:
-    """What the contrastive loss compares: (M, E) each, L2-normalised, fp32."""
+    """What the contrastive loss compares: (M, E) each, L2-normalised, fp32 at least."""
 
     image: Tensor
     alt: Tensor
@@ -68,8 +73,8 @@ class Objective:
     """Eq. 6 of a model, and its gradient, for global batches.
 
     `lpips_weight` is the stage's lambda, and `perceptual` LPIPS on the model's device (None where lambda is 0). `seed`
-    is the noise's. `micro_batch` is the number of samples a forward pass (0: the whole batch). Losses of `frozen` parts
-    alone are left out, and a frozen encoder runs without a graph.
+    is the noise's. `micro_batch` is the number of samples a forward pass (0: all of this process). Losses of `frozen`
+    parts alone are left out, and a frozen encoder runs without a graph.
     """
 
     def __init__(
@@ -83,32 +88,43 @@ class Objective:
         micro_batch: int = 0,
         precision: Precision = "fp32",
         frozen: Collection[ModelPart] = (),
+        world: World = ALONE,
     ) -> None:
         assert (perceptual is None) == (lpips_weight == 0)
+        wants_bias = model.text_encoder is not None and config.contrastive == "sigmoid"
+        assert wants_bias == (model.logit_bias is not None), "a model has a logit_bias for the sigmoid loss alone"
         self.model, self.config, self.lpips_weight, self.perceptual = model, config, lpips_weight, perceptual
         self.seed, self.micro_batch = seed, micro_batch
         self.precision: Precision = precision
-        self.device = model.device
+        self.world = world
+        self.device, self.dtype = model.device, model.logit_scale.dtype
         self.trained, self.encoder_frozen = trained_losses(model.config, frozen), "encoder" in frozen
 
     def backward(self, batch: Batch) -> Losses:
         """Adds the gradient of Eq. 6 over `batch` to the parameters' `.grad`; records the tokens' rms in the model.
 
-        Returns every loss by part, and temperature and rms, as detached scalars on the device: nothing waits for it.
+        `batch` is this process's part of the global batch, of the same size in each process, and so the gradient is a
+        share: the sum over the processes is Eq. 6's.
+
+        Returns every loss of the global batch by part, and temperature and rms, as detached scalars on the device:
+        nothing waits for it.
         """
         counts = self._counts(batch)
         parts = list(self._micro_batches(batch))
         one = len(parts) == 1
         found = self._backward_whole(parts[0], counts) if one else self._backward_parts(parts, counts)
         with torch.no_grad():
+            found = self._summed(found)
             summary = self._combine(found)
         record = {"temperature": self.model.temperature(), "token_rms": self.model.token_rms}
+        if self.model.logit_bias is not None:
+            record["logit_bias"] = self.model.logit_bias
         return {name: value.detach().clone() for name, value in {**found, **summary, **record}.items()}
 
     def _backward_whole(self, batch: MicroBatch, counts: Counts) -> Losses:
         with autocast(self.device, self.precision):
             tokens = self._encode(batch)
-            rms = self._record_rms(losses.root_mean_square(tokens))
+            rms = self._record_rms(losses.mean_square(tokens) / self.world.size)
             found = self._sample_losses(batch, tokens, rms, counts)
             features = self._features(batch, tokens)
         found |= self._contrastive(features)
@@ -116,17 +132,17 @@ class Objective:
         return found
 
     def _backward_parts(self, parts: list[MicroBatch], counts: Counts) -> Losses:
-        mean_square = torch.zeros((), device=self.device)
+        mean_square = torch.zeros((), device=self.device, dtype=self.dtype)
         collected: list[Features] = []
         for part in parts:
             # A cast made by autocast without a graph must not be reused with one: each pass has its own context.
             with torch.no_grad(), autocast(self.device, self.precision):
                 tokens = self._encode(part)
-                mean_square += tokens.float().square().mean() * (len(tokens) / counts.samples)
+                mean_square += losses.mean_square(tokens) * (len(tokens) / counts.samples)
                 features = self._features(part, tokens)
             if features is not None:
                 collected.append(features)
-        rms = self._record_rms(mean_square.sqrt())
+        rms = self._record_rms(mean_square)
         found, gradients = self._contrastive_gradients(collected)
         for number, part in enumerate(parts):
             with autocast(self.device, self.precision):
@@ -143,9 +159,9 @@ class Objective:
         return found
 
     def _contrastive_gradients(self, collected: list[Features]) -> tuple[Losses, list[tuple[Tensor, ...]]]:
-        """The whole batch's contrastive loss, and Eq. 6's gradient by each micro-batch's features.
+        """This process's share of the contrastive loss, and Eq. 6's gradient by each micro-batch's features.
 
-        The temperature's gradient is added to the parameter here, once.
+        The gradients of temperature and bias are added to the parameters here, once.
         """
         if not collected:
             return {}, []
@@ -159,25 +175,28 @@ class Objective:
         return {name: value.detach() for name, value in found.items()}, list(zip(*gradients, strict=True))
 
     def _counts(self, batch: Batch) -> Counts:
-        samples = len(batch.positions)
-        targets = 0
+        samples, targets = len(batch.positions) * self.world.size, 0
         if "caption" in self.trained and self.model.config.text_decoder is not None:
-            targets = int((batch.caption_ids[:, 1:] != self.model.config.text_decoder.pad_id).sum())
+            targets = (batch.caption_ids[:, 1:] != self.model.config.text_decoder.pad_id).sum()
+            targets = self.world.all_reduce_sum(self._to_device(targets))
         return Counts(samples, len(range(0, samples, self.config.pixel_stride)), targets)
 
     def _micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:
         samples = len(batch.positions)
-        size = self.micro_batch or samples
+        size, first = self.micro_batch or samples, self.world.rank * samples
         for start in range(0, samples, size):
             part = slice(start, start + size)
             pixels, alt_ids, caption_text_ids, caption_ids = (
                 self._to_device(tensor[part])
                 for tensor in (batch.images, batch.alt_ids, batch.caption_text_ids, batch.caption_ids)
             )
-            micro = MicroBatch(start, batch.positions[part], pixels, None, alt_ids, caption_text_ids, caption_ids)
+            positions = batch.positions[part]
+            micro = MicroBatch(
+                first + start, positions, pixels, None, alt_ids, caption_text_ids, caption_ids, self.dtype
+            )
             if self.model.config.input == "latents" and (self._reads_latents or "reconstruction" in self.trained):
                 with torch.no_grad(), autocast(self.device, self.precision):
-                    micro = replace(micro, latents=self._vae.encode(micro.images).float())
+                    micro = replace(micro, latents=at_least_fp32(self._vae.encode(micro.images)))
             yield micro
 
     def _to_device(self, tensor: Tensor) -> Tensor:
@@ -200,8 +219,12 @@ class Objective:
                 return self.model.encode_latents(batch.latents)
             return self.model.encode(batch.images)
 
-    def _record_rms(self, rms: Tensor) -> Tensor:
-        """Keeps the rms of the whole batch's tokens in the model, for those who add noise later."""
+    def _record_rms(self, share: Tensor) -> Tensor:
+        """The rms of the global batch's tokens, from this process's share of their mean square.
+
+        It is kept in the model, for those who add noise later.
+        """
+        rms = self.world.all_reduce_sum(share).sqrt()
         self.model.token_rms.copy_(rms)
         return rms
 
@@ -209,15 +232,22 @@ class Objective:
         if "contrastive" not in self.trained:
             return None
         texts = self.model.embed_text_ids(torch.cat([batch.alt_ids, batch.caption_text_ids]))
-        alt, caption_text = texts.float().chunk(2)
-        return Features(self.model.pool(tokens).float(), alt, caption_text)
+        alt, caption_text = at_least_fp32(texts).chunk(2)
+        return Features(at_least_fp32(self.model.pool(tokens)), alt, caption_text)
 
     def _contrastive(self, features: Features | None) -> Losses:
-        """Mean of the losses against an image's two texts (OpenVision 1), in fp32."""
+        """Mean of the losses against an image's two texts (OpenVision 1), in fp32 at least."""
         if features is None:
             return {}
         image, *texts = features.tensors()
-        pair = [losses.contrastive_loss(image, text, self.model.temperature()) for text in texts]
+        all_images, temperature, bias = self.world.all_gather(image), self.model.temperature(), self.model.logit_bias
+        pair: list[Tensor] = []
+        for text in texts:
+            everyone = Everyone(all_images, self.world.all_gather(text))
+            if bias is None:
+                pair.append(contrastive_loss(image, text, temperature, self.world, everyone))
+            else:
+                pair.append(sigmoid_loss(image, text, temperature, bias, self.world, everyone))
         return {"contrastive": torch.stack(pair).mean()}
 
     def _sample_losses(self, batch: MicroBatch, tokens: Tensor, rms: Tensor, counts: Counts) -> Losses:
@@ -231,8 +261,7 @@ class Objective:
             # elsewhere a shape that changes costs more than the padding; a dry run's tensors have no values to look at
             if self.device.type == "cpu" and type(ids) is Tensor:
                 ids = without_padding(ids, pad_id)
-            logits = self.model.caption_logits(tokens, ids)
-            found["caption"] = losses.caption_loss(logits, ids[:, 1:], pad_id, counts.target_tokens)
+            found["caption"] = self.model.caption_loss(tokens, ids, counts.target_tokens)
         return found
 
     def _reconstruction(self, batch: MicroBatch, tokens: Tensor, rms: Tensor, counts: Counts) -> Losses:
@@ -249,9 +278,15 @@ class Objective:
             found["latent_l1"] = losses.latent_l1(latents_hat, batch.latents, counts.samples)
             images_hat = self._vae.decode(latents_hat[chosen]) if len(images) else images
         found["pixel_l1"] = losses.pixel_l1(images_hat, images, counts.compared)
-        if self.perceptual is not None and len(images):
-            found["lpips"] = losses.perceptual_loss(self.perceptual, images_hat, images, counts.compared)
+        if self.perceptual is not None:  # every process names the same losses, also where it scores no pixels
+            lpips = losses.perceptual_loss(self.perceptual, images_hat, images, counts.compared) if len(images) else 0
+            found["lpips"] = torch.as_tensor(lpips, dtype=self.dtype, device=self.device)
         return found
+
+    def _summed(self, found: Losses) -> Losses:
+        """The losses of the global batch from this process's shares."""
+        total = self.world.all_reduce_sum(torch.stack(list(found.values())))
+        return dict(zip(found, total.unbind(), strict=True))
 
     def _combine(self, found: Losses) -> Losses:
         """Eqs. 4-6 over whichever parts are there."""
