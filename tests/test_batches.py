@@ -15,9 +15,11 @@ from PIL import Image
 from openvision3.config import DataConfig, OpenVisionError
 from openvision3.data import grammar
 from openvision3.data.batches import Batch, BatchStream
-from openvision3.data.shards import BadSample, DemoSource, Sample, TarSource, write_shards
+from openvision3.data.samples import BadSample, Sample, Source
+from openvision3.data.shards import DemoSource, TarSource
 from openvision3.data.tokenizer import demo_tokenizer
 from openvision3.data.transforms import random_crop
+from openvision3.data.writing import write_shards
 
 SIZE = 16
 
@@ -171,7 +173,7 @@ def test_one_bad_sample_in_a_small_tar_is_not_too_much(tmp_path: Path) -> None:
 def test_large_data_stop_when_it_is_no_accident() -> None:
     """5 % of a million: stopped after some hundreds, long before a hundredth of all is found bad."""
 
-    class Large:
+    class Large(Source):
         size = 1_000_000
 
         def read(self, position: int) -> Sample:
@@ -208,7 +210,7 @@ def test_sentences_are_drawn_from_the_caption(mixed: Path) -> None:
 
 
 def test_crops_are_keyed_by_seed_and_position(mixed: Path) -> None:
-    class Ramp:
+    class Ramp(Source):
         size = None
 
         def read(self, position: int) -> Sample:

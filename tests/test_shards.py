@@ -21,8 +21,11 @@ from openvision3.commands import data as commands
 from openvision3.commands.batching import OutputOptions
 from openvision3.config import DataConfig, OpenVisionError, SceneConfig
 from openvision3.data import demo
-from openvision3.data.shards import BadSample, DemoSource, Sample, TarSource, expand, open_source, write_shards
+from openvision3.data.samples import BadSample, Sample
+from openvision3.data.shards import DemoSource, TarSource, open_source
+from openvision3.data.store import expand
 from openvision3.data.tar_index import index_path, load_index, open_index, save_index, scan
+from openvision3.data.writing import write_shards
 
 SIZE = 32
 
@@ -159,11 +162,18 @@ def test_stale_or_broken_indexes_are_not_used(tmp_path: Path) -> None:
     changes: list[dict[str, Any]] = [
         {"tar_size": 1},
         {"format_version": 99},
-        {"samples": [["a", {"txt": [0, 10**9]}]]},
-        {"samples": [["a", {"txt": [-512, 3]}]]},
-        {"samples": [[5, {"txt": [512, 3]}]]},
-        {"samples": "abc"},
-        {"samples": None},
+        {"sizes": [10**9]},
+        {"offsets": [-512]},
+        {"offsets": [0]},  # in the tar, but not where the member is: the checksum tells
+        {"offsets": [2**70]},
+        {"offsets": [512, 512]},
+        {"kinds": [1]},
+        {"members": [2]},
+        {"keys": [5]},
+        {"keys": ["b"]},
+        {"extensions": ["jpg"]},
+        {"crc32": None},
+        {"keys": None},
     ]
     for change in changes:
         index_path(path).write_text(json.dumps({**good, **change}))

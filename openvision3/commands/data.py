@@ -38,7 +38,9 @@ def make_demo(
         num_names: how many of the 494 named things occur
     """
     from openvision3.data import demo
-    from openvision3.data.shards import DemoSource, Sample, write_shards
+    from openvision3.data.samples import Sample
+    from openvision3.data.shards import DemoSource
+    from openvision3.data.writing import write_shards
 
     if samples < 1 or not 16 <= size <= MAX_SIZE or seed < 0:
         raise OpenVisionError(f"samples must be at least 1, seed at least 0, and size between 16 and {MAX_SIZE} pixels")
@@ -110,7 +112,8 @@ def check(
         alt_key: the member that holds the alt text
         caption_field: the field of the json member that holds the synthetic caption
     """
-    from openvision3.data.shards import BadSample, TarSource
+    from openvision3.data.samples import BadSample
+    from openvision3.data.shards import TarSource
 
     refuse_existing(output.json, output.overwrite)
     source = TarSource(paths, DataConfig(alt_key=alt_key, caption_field=caption_field), shuffle=False)
