@@ -144,7 +144,7 @@ class DataConfig:
     filter: str = ""  # keep samples whose json fields meet it: 'width >= 256 and lang == "en"' (data/filters.py)
     image_key: str = ""  # member that holds the picture; empty: the first of jpg, jpeg, png, webp
     alt_key: str = "txt"  # member that holds the alt text, or json.FIELD; empty: the caption serves as both
-    caption_field: str = "caption"  # json field of the synthetic caption, or .MEMBER; empty: the alt text serves as both
+    caption_field: str = "caption"  # json field of the caption, or .MEMBER; empty: the alt text serves as both
     contrastive_text: TextRule = "alt"  # for the first contrastive loss
     second_text: TextRule = "sentence"  # for the second one
     caption_text: TextRule = "caption"  # for the caption decoder

@@ -5,6 +5,7 @@ A cache folder is shared by all processes of a run, and by its next start: each 
 others make other ones, and counts are written to one file of 8 bytes a shard.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -157,10 +158,8 @@ class Library:
             offset, size = index.entry(number).members.get("json", (0, 0))
             meta: dict[str, Any] = {}
             if 0 < size <= MAX_MEMBER_BYTES["text"]:
-                try:
+                with contextlib.suppress(BadSample):  # reading the sample will say so, should the filter keep it
                     meta = parse_json("", reader.read(offset, size))
-                except BadSample:
-                    pass  # reading the sample will say so, should the filter keep it
             if self.condition(meta):
                 kept.append(number)
         return index.select(kept)

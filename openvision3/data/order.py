@@ -152,7 +152,7 @@ class MixtureOrder:
     """Which part of a mixture a position belongs to, and its position within that part.
 
     In every 10,000 positions each part has its share, rounded; each part is gone through in its own order, without
-    gaps. Weights need not add up to 1. Raises `ValueError` for a weight that is not positive or whose share rounds to 0.
+    gaps. Weights need not add up to 1. Raises `ValueError` for one that is not positive, or whose share rounds to 0.
     """
 
     def __init__(self, weights: tuple[float, ...], seed: int):

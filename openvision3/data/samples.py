@@ -94,8 +94,10 @@ def contents(entry: Entry, needed: Needed, read: Read) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     for name, (offset, size) in needed.members.items():
         begin = max(0, offset - BLOCK)
-        data = whole[begin - needed.begin : offset - needed.begin + size] if together else read(
-            begin, offset + size - begin
+        data = (
+            whole[begin - needed.begin : offset - needed.begin + size]
+            if together
+            else read(begin, offset + size - begin)
         )
         if len(data) < offset + size - begin:
             raise BadSample(entry.key, f"its {name} is cut short")

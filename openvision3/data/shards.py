@@ -7,6 +7,8 @@ tars, or made: of all tars at once, or, with a cache folder, of a window of shar
 asked for. The order is the same either way.
 """
 
+import contextlib
+import functools
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -116,7 +118,8 @@ class TarSource(Source):
             raise self._nothing()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "order": None, "_order": self.order.__getstate__()[2:], "_fetched": {}, "_ahead": set()}
+        emptied = {"order": None, "_order": self.order.__getstate__()[2:], "_fetched": {}, "_ahead": set()}
+        return {**self.__dict__, **emptied}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         seed, window, block, shuffle = state.pop("_order")
@@ -198,10 +201,9 @@ class TarSource(Source):
             threading.Thread(target=self._count_quietly, args=(shards,), daemon=True).start()
 
     def _count_quietly(self, shards: np.ndarray) -> None:
-        try:
+        # an error comes up again, and stops the run, when the window is reached
+        with contextlib.suppress(OpenVisionError, OSError):
             self.library.count(shards)
-        except (OpenVisionError, OSError):
-            pass  # it comes up again, and stops the run, when the window is reached
 
     def _read(self, shard: int, number: int) -> Sample:
         location = self.shards[shard]
@@ -224,9 +226,12 @@ class TarSource(Source):
     def _numbered(self, number: int) -> tuple[int, int]:
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of {len(self)}")
-        ends = np.cumsum(self.library.counts)
-        shard = int(np.searchsorted(ends, number, side="right"))
-        return shard, number - int(ends[shard] - self.library.counts[shard])
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        return shard, number - int(self._ends[shard] - self.library.counts[shard])
+
+    @functools.cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum(self.library.counts)
 
     def _nothing(self) -> OpenVisionError:
         kept = f" that {self.config.filter!r} keeps" if self.config.filter else ""

@@ -74,7 +74,7 @@ class Store:
 
     def __init__(self, attempts: int = 8, timeout: float = 60.0):
         if attempts < 1 or timeout <= 0:
-            raise OpenVisionError(f"attempts are {attempts} and timeout {timeout} s: expected at least 1, and more than 0")
+            raise OpenVisionError(f"store_attempts is {attempts} and store_timeout {timeout}: expected at least 1, > 0")
         self.attempts, self.timeout = attempts, timeout
         self.retried = 0  # attempts that failed and were repeated
         self._forget()
@@ -223,7 +223,7 @@ class Store:
                 try:
                     import fsspec.core
                 except ImportError:
-                    raise StoreError(f"{url}: reading from stores needs fsspec: pip install openvision3[remote]") from None
+                    raise StoreError(f"{url}: stores are read by fsspec: pip install openvision3[remote]") from None
                 try:
                     self._systems[kind] = fsspec.core.url_to_fs(url)[0]
                 except ImportError as error:
