@@ -1,6 +1,5 @@
 """Tars of samples: written, indexed, read in any order, and what happens to broken ones."""
 
-import io
 import json
 import multiprocessing
 import os
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from small_tars import picture, write_tar
 
 from openvision3.commands import data as commands
 from openvision3.commands.batching import OutputOptions
@@ -33,21 +32,6 @@ SIZE = 32
 def demo_samples(count: int, seed: int = 0, size: int = SIZE) -> Iterator[Sample]:
     source = DemoSource(DataConfig(seed=seed), "train", size)
     return (source.read(i) for i in range(count))
-
-
-def picture(format: str = "PNG", colour: str = "red") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (20, 10), colour).save(buffer, format)
-    return buffer.getvalue()
-
-
-def write_tar(path: Path, members: dict[str, bytes], format: int = tarfile.USTAR_FORMAT) -> Path:
-    with tarfile.open(path, "w", format=format) as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
 
 
 def same(a: Sample, b: Sample) -> bool:

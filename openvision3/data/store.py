@@ -61,7 +61,7 @@ def name_of(location: Location) -> str:
 def sibling(location: Location, name: str) -> Location:
     """The location of `name` in the same folder."""
     if isinstance(location, Path):
-        return location.with_name(name)
+        return location.parent / name
     return location.split("?")[0].rpartition("/")[0] + "/" + name
 
 
