@@ -10,8 +10,8 @@ from openvision3.config import OpenVisionError
 from openvision3.data.filters import MAX_DEPTH, field_of, parse_filter
 
 META: dict[str, Any] = {
-    "width": 300, "score": 0.25, "lang": "en", "safe": True, "none": None, "a": {"b": {"c": 7}}, "x.y": 1, "x": {"y": 2},
-    "my field": "z", "list": [1],
+    "width": 300, "score": 0.25, "lang": "en", "safe": True, "none": None, "a": {"b": {"c": 7}}, "x.y": 1,
+    "x": {"y": 2}, "my field": "z", "list": [1],
 }  # fmt: skip
 
 

@@ -107,7 +107,7 @@ def test_shares_are_rounded_to_the_whole() -> None:
 
 
 def test_millions_of_shards_take_little_time_and_memory() -> None:
-    """The real recipe's scale: 5.6 billion samples in 1.1 million shards, opened at a position deep in the second turn."""
+    """The real recipe's scale: 5.6 billion samples in 1.1 million shards, opened deep in the second turn."""
     counts = np.full(1_120_000, 5000)
     made = ShardOrder(counts, lambda numbers: None, seed=0, window=64, block=32, shuffle=True)
     made.count_all()
