@@ -154,6 +154,11 @@ class DataConfig:
     store_attempts: int = resumable(8)  # to read something from a store, before the run stops
     store_timeout: float = resumable(60.0)  # seconds that an attempt may take
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The mixture's sources, or the only one."""
+        return self.mixture or (self.source,)
+
 
 @dataclass(frozen=True)
 class LossConfig:

@@ -137,7 +137,7 @@ def test_a_shard_that_changed_stops_the_run(tars: list[Path], tmp_path: Path) ->
     """Else the order would silently be another one."""
     cache = tmp_path / "cache"
     keys(TarSource(tars, cache=cache), range(26))
-    write_tar(tars[2], {"new.png": picture(), "new.txt": b"x", "more.png": picture(), "more.txt": b"x"})
+    write_tar(tars[2], {"new.png": picture(), "new.txt": b"x" * 9000, "more.png": picture(), "more.txt": b"x" * 9000})
     with pytest.raises(OpenVisionError, match=r"2.tar: has 2 samples, but had 1 when it was counted"):
         keys(TarSource(tars, cache=cache), range(26))
 

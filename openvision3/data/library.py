@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 CATALOGUE = "_counts.idx.json"  # in a folder of tars: how many samples each has
 CATALOGUE_VERSION = 1
 MAX_CATALOGUE_BYTES = 1 << 30
-KEPT_INDEXES = 192  # of shards, in memory
 LOCKS = 64  # lock files of a cache folder
 POLL = 0.2  # seconds
 
@@ -41,12 +40,20 @@ class Library:
     """Indexes and sample counts of shards; with a filter, of the samples that it keeps alone.
 
     `counts` has the samples of each shard, -1 where they are not yet known. Without a `cache` folder what is found out
-    stays in memory. An unreadable shard raises `OpenVisionError`; with `lenient`, one that is no tar has no samples.
+    stays in memory; of indexes that can be loaded, `keep` do. An unreadable shard raises `OpenVisionError`; with `lenient`, one that is no tar has no samples.
     """
 
-    def __init__(self, shards: Sequence[Location], store: Store, condition: Filter | None = None,
-                 condition_text: str = "", cache: Path | None = None, lenient: bool = False):  # fmt: skip
-        self.shards, self.store, self.lenient = shards, store, lenient
+    def __init__(
+        self,
+        shards: Sequence[Location],
+        store: Store,
+        condition: Filter | None = None,
+        condition_text: str = "",
+        cache: Path | None = None,
+        keep: int = 128,
+        lenient: bool = False,
+    ):
+        self.shards, self.store, self.keep, self.lenient = shards, store, keep, lenient
         self.condition, self.condition_text = condition, condition_text
         self.cache = cache / _fingerprint(shards, condition_text) if cache else None
         self.broken: dict[int, str] = {}  # shards that are cut short, or no tars, as far as met
@@ -110,7 +117,7 @@ class Library:
                 self.broken[number] = index.broken
                 log.warning("%s: %s; its complete samples are used", self.shards[number], index.broken)
             self._indexes[number] = index
-            if len(self._indexes) > KEPT_INDEXES:
+            if len(self._indexes) > self.keep:
                 self._indexes.popitem(last=False)
         return index
 

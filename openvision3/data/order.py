@@ -54,7 +54,7 @@ class ShardOrder:
         self.counts, self.count = counts, count
         self.seed, self.shuffle = seed, shuffle
         self.width, self.block = (window, block) if shuffle else (1, 1)
-        self.total: int | None = None  # samples of a turn; None: not yet known
+        self.total = int(counts.sum()) if (counts >= 0).all() else None  # samples of a turn; None: not yet known
         self._shards = functools.lru_cache(maxsize=2)(self._turn_shards)
         self._starts = functools.lru_cache(maxsize=2)(self._turn_starts)
         self._windows = functools.lru_cache(maxsize=4)(self._make_window)

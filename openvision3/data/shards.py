@@ -106,10 +106,11 @@ class TarSource(Source):
         self.shards: list[Location] = expand(paths, self.store)
         text = self.config.filter
         condition = parse_filter(text) if text.strip() else None
-        self.library = Library(self.shards, self.store, condition, text, cache, lenient=self.lazy)
         window, block = self.config.shuffle_window, self.config.shuffle_block
         if window < 1 or block < 1:
             raise OpenVisionError(f"shuffle_window {window} and shuffle_block {block} must be at least 1")
+        keep = 2 * window if shuffle else 16
+        self.library = Library(self.shards, self.store, condition, text, cache, keep, lenient=self.lazy)
         self.order = ShardOrder(self.library.counts, self.library.count, self.config.seed, window, block, shuffle)
         self._fetched: dict[tuple[int, int], _Fetched] = {}
         self._calls = 0

@@ -347,7 +347,7 @@ def _stored_checksum(header: bytes) -> int:
 
 def is_header(header: bytes, size: int, name: str) -> bool:
     """Whether 512 bytes are the header of a member of that size and name (of long names, only the size is compared)."""
-    if len(header) != BLOCK or _first_wrong([header]) is not None:
+    if len(header) != BLOCK or sum(header) - sum(header[148:156]) + 8 * ord(" ") != _stored_checksum(header):
         return False
     # pax and GNU records in front of the header hold names and sizes that do not fit into it
     own_name, own_size = member_name(header), _length(header)
