@@ -40,7 +40,8 @@ class Library:
     """Indexes and sample counts of shards; with a filter, of the samples that it keeps alone.
 
     `counts` has the samples of each shard, -1 where they are not yet known. Without a `cache` folder what is found out
-    stays in memory; of indexes that can be loaded, `keep` do. An unreadable shard raises `OpenVisionError`; with `lenient`, one that is no tar has no samples.
+    stays in memory; of indexes that can be loaded again, the last `keep` do. An unreadable shard raises
+    `OpenVisionError`; with `lenient`, one that is no tar has no samples.
     """
 
     def __init__(

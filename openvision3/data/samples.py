@@ -102,7 +102,7 @@ def contents(entry: Entry, needed: Needed, read: Read) -> dict[str, bytes]:
         if len(data) < offset + size - begin:
             raise BadSample(entry.key, f"its {name} is cut short")
         if not is_header(data[:BLOCK], size, f"{entry.key}.{name}"):
-            raise BadSample(entry.key, f"its {name} is not where the index says: the tar is not the one that was indexed")
+            raise BadSample(entry.key, f"its {name} is not where the index says: the tar was changed")
         found[name] = data[offset - begin :]
     return found
 
