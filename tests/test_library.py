@@ -174,7 +174,7 @@ def test_counts_from_the_catalogue(tars: list[Path], tmp_path: Path, monkeypatch
     monkeypatch.setattr(module, "load_index", recorded)
     source = TarSource(tars)
     assert source.size == 26 and not loaded
-    write_tar(tars[2], {f"{i}.txt": b"x" for i in range(9)})
+    write_tar(tars[2], {f"{i}.txt": b"x" * 2000 for i in range(9)})
     save_index(scan(tars[2]))
     assert TarSource(tars).size == 26 + 8
     for junk in (b"", b"[]", b'{"format_version": 1}', b'{"format_version": 1, "tars": {"1.tar": ["a", 7]}}',
@@ -186,8 +186,10 @@ def test_counts_from_the_catalogue(tars: list[Path], tmp_path: Path, monkeypatch
 def test_a_counts_file_that_is_broken_is_made_anew(tars: list[Path], tmp_path: Path) -> None:
     whole = keys(TarSource(tars, cache=tmp_path), range(26))
     (counts,) = tmp_path.glob("*/counts.npy")
-    for junk in (b"", b"junk", counts.read_bytes()[:-8]):
-        counts.write_bytes(junk)
+    whole_file = counts.read_bytes()
+    for junk in (b"", b"junk", whole_file[:-8], bytes(len(whole_file)), whole_file[:-24] + bytes(24)):
+        (tmp_path / "junk").write_bytes(junk)
+        (tmp_path / "junk").replace(counts)
         assert keys(TarSource(tars, cache=tmp_path), range(26)) == whole
 
 

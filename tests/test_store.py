@@ -14,6 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from small_tars import picture, write_tar
 
 from openvision3.config import DataConfig, OpenVisionError
+from openvision3.data import shards
 from openvision3.data import store as module
 from openvision3.data.batches import BatchStream
 from openvision3.data.shards import TarSource
@@ -168,8 +169,9 @@ def test_a_store_gives_what_the_disk_gives(
     assert rows(TarSource("flaky://data", config, cache=cache), num_workers=2) == expected
 
 
-def test_reads_are_long_where_blocks_are(flaky: type[Flaky], tars: Path) -> None:
+def test_reads_are_long_where_blocks_are(flaky: type[Flaky], tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch's neighbours come in one read; a sample that lies alone in one too, all of its members together."""
+    monkeypatch.setattr(shards, "JOIN_GAP", 0)
     put(flaky, tars)
     for block, most in ((1, 120), (12, 24)):
         source = TarSource("flaky://data", DataConfig(shuffle_block=block))

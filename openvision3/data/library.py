@@ -58,7 +58,8 @@ class Library:
         self.condition, self.condition_text = condition, condition_text
         self.cache = cache / _fingerprint(shards, condition_text) if cache else None
         self.broken: dict[int, str] = {}  # shards that are cut short, or no tars, as far as met
-        self.counts = self._open_counts()
+        self._stored = self._open_stored()
+        self.counts = self._stored[:] - 1
         if condition is None and (self.counts < 0).any():
             self._read_catalogues()
         self._indexes: OrderedDict[int, TarIndex] = OrderedDict()
@@ -66,17 +67,16 @@ class Library:
         self._lock, self._pid = threading.RLock(), os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_indexes": OrderedDict(), "_lock": None}
-        return {**state, "counts": None} if self.cache else state
+        return {**self.__dict__, "_indexes": OrderedDict(), "_lock": None, "_stored": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock, self._pid = threading.RLock(), os.getpid()
-        if self.cache:
-            self.counts = self._open_counts()
+        self._stored = self._open_stored()
 
     def count(self, numbers: np.ndarray) -> None:
         """Fills in the counts of these shards, making the indexes that are missing."""
+        self.counts[numbers] = np.maximum(self.counts[numbers], self._stored[numbers] - 1)
         waiting = [int(number) for number in numbers if self.counts[number] < 0]
         if self.cache:  # each process begins elsewhere
             turn = random.Random(f"{os.getpid()} {time.monotonic_ns()}").randrange(len(waiting) or 1)
@@ -113,7 +113,7 @@ class Library:
                     f"{self.shards[number]}: has {len(index)} samples, but had {known} when it was counted; if it was "
                     f"meant to change, index its folder anew (ov3 data index), and begin a new run"
                 )
-            self.counts[number] = len(index)
+            self.counts[number], self._stored[number] = len(index), len(index) + 1
             if index.broken and number not in self.broken:
                 self.broken[number] = index.broken
                 log.warning("%s: %s; its complete samples are used", self.shards[number], index.broken)
@@ -172,23 +172,22 @@ class Library:
                 kept.append(number)
         return index.select(kept)
 
-    def _open_counts(self) -> np.ndarray:
-        unknown = np.full(len(self.shards), -1, np.int64)
+    def _open_stored(self) -> np.ndarray:
+        """One more than each count, so that 0, which is also what a lost page of a file reads as, is an unknown one.
+
+        With a cache folder it is a file that all processes write to.
+        """
+        unknown = np.zeros(len(self.shards), np.int64)
         if self.cache is None:
             return unknown
         path = self.cache / "counts.npy"
         (self.cache / "locks").mkdir(parents=True, exist_ok=True)
         with FileLock(self.cache / "locks" / "counts.lock"):
-            try:
-                counts = np.load(path, mmap_mode="r+")
-                if counts.dtype == np.int64 and counts.shape == unknown.shape and (counts >= -1).all():
-                    return counts
-            except (OSError, ValueError, EOFError):
-                pass
-            temporary = path.with_name("counts.tmp.npy")
-            np.save(temporary, unknown)
-            temporary.replace(path)
-        return np.load(path, mmap_mode="r+")
+            if not _fits(path, unknown):
+                temporary = path.with_name("counts.tmp.npy")
+                np.save(temporary, unknown)
+                temporary.replace(path)
+            return np.load(path, mmap_mode="r+")
 
     def _read_catalogues(self) -> None:
         """Takes counts from the catalogues that `ov3 data index` wrote, where the tars have the sizes of then."""
@@ -222,6 +221,15 @@ def write_catalogue(place: Location, tars: dict[str, tuple[int, int]], store: St
     """Writes the catalogue of a folder, adding to what is there already."""
     data = {"format_version": CATALOGUE_VERSION, "tars": {**read_catalogue(place, store), **tars}}
     store.write(place, (json.dumps(data, separators=(",", ":")) + "\n").encode())
+
+
+def _fits(path: Path, unknown: np.ndarray) -> bool:
+    """Whether a file holds counts (it is read whole first: a mapped file that is too short would be made longer)."""
+    try:
+        counts = np.load(path)
+    except (OSError, ValueError, EOFError):
+        return False
+    return counts.dtype == unknown.dtype and counts.shape == unknown.shape and bool((counts >= 0).all())
 
 
 def _fingerprint(shards: Sequence[Location], condition: str) -> str:
