@@ -14,7 +14,6 @@ import json
 import random
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
@@ -46,7 +45,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tars", type=int, default=1000)
     parser.add_argument("--samples", type=int, default=1000, help="in each tar")
-    parser.add_argument("--bytes", type=int, default=4000, help="of padding after each picture's own bytes")
+    parser.add_argument("--bytes", type=int, default=2000, help="of padding after each picture's own bytes")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     write_tars(options.folder, options.tars, options.samples, options.bytes)
@@ -105,20 +104,27 @@ def write_tars(folder: Path, tars: int, samples: int, padding: int) -> None:
         path = folder / f"{number:06d}.tar"
         if path.exists():
             continue
+        parts: list[bytes] = []
+        for sample in range(samples):
+            key = f"{number:06d}{sample:06d}"
+            members = {
+                "jpg": pictures[(number + sample) % 16],
+                "txt": f"picture {key}".encode(),
+                "json": json.dumps({"caption": f"This is {key}. It is synthetic."}).encode(),
+            }
+            for extension, content in members.items():
+                parts += [header(f"{key}.{extension}", len(content)), content, bytes(-len(content) % 512)]
         temporary = path.with_suffix(".tmp")
-        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for sample in range(samples):
-                key = f"{number:06d}{sample:06d}"
-                members = {
-                    "jpg": pictures[(number + sample) % 16],
-                    "txt": f"picture {key}".encode(),
-                    "json": json.dumps({"caption": f"This is {key}. It is synthetic."}).encode(),
-                }
-                for extension, content in members.items():
-                    info = tarfile.TarInfo(f"{key}.{extension}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+        temporary.write_bytes(b"".join([*parts, bytes(1024)]))
         temporary.replace(path)
+
+
+def header(name: str, size: int) -> bytes:
+    """A ustar header, as tarfile writes it (which takes ten times as long)."""
+    fields = f"{name:\0<100}0000644\0000000000\0000000000\000{size:011o}\00000000000000\0"
+    rest = "0" + "\0" * 100 + "ustar\x0000" + "\0" * 247
+    checksum = sum(fields.encode()) + sum(rest.encode()) + 8 * ord(" ")
+    return f"{fields}{checksum:06o}\0 {rest}".encode()
 
 
 def jpg(rng: np.random.Generator) -> bytes:
