@@ -1,5 +1,7 @@
 """Training data from an S3 endpoint over HTTP (moto's server on loopback) that spoils one answer in fifty."""
 
+import io
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from PIL import Image
 from small_tars import write_tar
 
 from openvision3.config import DataConfig
+from openvision3.data import shards
 from openvision3.data.batches import BatchStream
 from openvision3.data.shards import TarSource
 from openvision3.data.tokenizer import demo_tokenizer
@@ -25,8 +28,6 @@ TIMEOUT = 2.0  # seconds; the proxy delays by twice that
 @pytest.fixture(scope="module")
 def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight tars of 60 samples of noise, without an index; every thirtieth sample has a broken picture."""
-    import io
-
     folder = tmp_path_factory.mktemp("tars")
     for i in range(TARS):
         members: dict[str, bytes] = {}
@@ -49,6 +50,8 @@ def proxy(tars: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyProxy]:
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    monkeypatch.setattr(shards, "JOIN_GAP", 1024)  # these tars are so small that a read would join all of a batch
     server.start()
     _, port = server.get_host_and_port()
     keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
