@@ -141,7 +141,7 @@ def test_folders_links_and_hidden_files_are_no_samples(tmp_path: Path) -> None:
 
 def test_stale_or_broken_indexes_are_not_used(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", {"a.txt": b"one"})
-    good = json.loads(save_index(scan(path)).read_text())
+    good = json.loads(Path(save_index(scan(path))).read_text())
     assert load_index(path) is not None
     changes: list[dict[str, Any]] = [
         {"tar_size": 1},

@@ -285,11 +285,17 @@ def _members(reader: ForwardReader) -> Iterator[list[tuple[str, int, int]]]:
                 if length > MAX_NAME_RECORD:
                     problem = f"a header record of {length} bytes at byte {at}"
                     break
+                if long_name and kind in (b"x", b"L"):
+                    problem = f"two names for one member at byte {at}"
+                    break
                 record = read(at, length)
                 if kind == b"L":
                     long_name = _text(record)
                 elif kind == b"x":
                     fields = _read_pax(record)
+                    if fields is None:
+                        problem = f"a broken pax header at byte {at}"
+                        break
                     long_name = fields.get("path", long_name)
                     long_size = int(fields["size"]) if _is_size(fields.get("size", "")) else long_size
             else:
@@ -347,7 +353,9 @@ def _stored_checksum(header: bytes) -> int:
 
 def is_header(header: bytes, size: int, name: str) -> bool:
     """Whether 512 bytes are the header of a member of that size and name (of long names, only the size is compared)."""
-    if len(header) != BLOCK or sum(header) - sum(header[148:156]) + 8 * ord(" ") != _stored_checksum(header):
+    if len(header) != BLOCK or header[156:157] not in _REGULAR:
+        return False
+    if sum(header) - sum(header[148:156]) + 8 * ord(" ") != _stored_checksum(header):
         return False
     # pax and GNU records in front of the header hold names and sizes that do not fit into it
     own_name, own_size = member_name(header), _length(header)
@@ -368,16 +376,18 @@ def _text(field: bytes) -> str:
     return field.split(b"\0", 1)[0].decode("utf-8", "replace")
 
 
-def _read_pax(record: bytes) -> dict[str, str]:
-    """The fields of a pax header, lines of "LENGTH KEY=VALUE"; what does not fit that is left out."""
+def _read_pax(record: bytes) -> dict[str, str] | None:
+    """The fields of a pax header, lines of "LENGTH KEY=VALUE"; None where it is not made of such."""
     fields, at = {}, 0
-    while at < len(record):
+    while record[at:].strip(b"\0"):
         digits, space, _ = record[at : at + 12].partition(b" ")
         if not (space and digits.isdigit() and int(digits) > len(digits) + 1):
-            break
-        key, equals, value = record[at + len(digits) + 1 : at + int(digits) - 1].partition(b"=")
-        if equals:
-            fields[key.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
+            return None
+        line = record[at + len(digits) + 1 : at + int(digits)]
+        key, equals, value = line[:-1].partition(b"=")
+        if line[-1:] != b"\n" or not equals:
+            return None
+        fields[key.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
         at += int(digits)
     return fields
 
