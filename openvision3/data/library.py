@@ -170,6 +170,7 @@ class Library:
                     meta = parse_json("", reader.read(offset, size))
             if self.condition(meta):
                 kept.append(number)
+        reader.close()
         return index.select(kept)
 
     def _open_stored(self) -> np.ndarray:

@@ -27,6 +27,7 @@ MAX_BRACES = 2_000_000  # locations that one brace list may stand for
 OPEN_FILES = 64  # local files that a thread keeps open
 PARALLEL = 16  # reads of a store that a process has under way
 BLOCK = 8 * 2**20  # bytes that one read of a store asks for where a file is gone through from front to back
+LOCAL_BLOCK = 4096  # the same of a local file: a header, and those of the small members after it
 FIRST_WAIT, LONGEST_WAIT = 0.1, 20.0  # seconds between attempts: doubled each time, up to the longest
 _FINAL = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, NotImplementedError, ImportError)
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "abfs": "adlfs"}
@@ -287,24 +288,39 @@ def _one_line(error: BaseException) -> str:
 
 
 class ForwardReader:
-    """Reads a file from front to back: a store in blocks of `BLOCK` bytes, a local file just where it is asked to."""
+    """Reads a file from front to back: of a store in blocks of `BLOCK` bytes, of a local file little at a time."""
 
     def __init__(self, store: Store, location: Location):
         self.store, self.location = store, location
         self.size = store.size(location)
-        self._local = isinstance(location, Path)
+        self._most = LOCAL_BLOCK if isinstance(location, Path) else BLOCK
+        self._file = location.open("rb", buffering=0) if isinstance(location, Path) else None
         self._start, self._block = 0, b""
+
+    def block(self, offset: int) -> bytes:
+        """What one read gives from `offset` on; empty at the end."""
+        size = min(self._most, self.size - offset)
+        if size <= 0:
+            return b""
+        if self._file is not None:
+            return os.pread(self._file.fileno(), size, offset)
+        return self.store.read(self.location, offset, size)
 
     def read(self, offset: int, size: int) -> bytes:
         """`size` bytes from `offset` on, or what there is of them."""
         size = max(0, min(size, self.size - offset))
-        if self._local or size > BLOCK:
+        if size > self._most:
             return self.store.read(self.location, offset, size)
         begin = offset - self._start
         if begin < 0 or begin + size > len(self._block):
             self._start, begin = offset, 0
-            self._block = self.store.read(self.location, offset, min(BLOCK, self.size - offset))
+            self._block = self.block(offset)
         return self._block[begin : begin + size]
+
+    def close(self) -> None:
+        """Lets go of a local file."""
+        if self._file is not None:
+            self._file.close()
 
 
 def expand(paths: str | Path | Sequence[str | Path], store: Store | None = None) -> list[Location]:

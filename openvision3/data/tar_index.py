@@ -148,6 +148,13 @@ def _inside(places: np.ndarray, size: int) -> bool:
     return bool((places >= 0).all() and (places <= size).all() and (places.sum(1) <= size).all())
 
 
+def _open(store: Store, path: Location) -> ForwardReader:
+    try:
+        return ForwardReader(store, path)
+    except OSError as error:
+        raise OpenVisionError(f"{path}: can't be read ({error.strerror or error})") from None
+
+
 class NotATar(OpenVisionError):
     """A file that is empty, or has no tar's header where one must be."""
 
@@ -174,8 +181,8 @@ def scan(path: Location, store: Store | None = None) -> TarIndex:
     store = store or Store()
     if isinstance(path, Path) and path.is_dir():
         raise OpenVisionError(f"{path}: is a folder, not a tar")
+    reader = _open(store, path)
     try:
-        reader = ForwardReader(store, path)
         start = reader.read(0, BLOCK)
         if start[:2] in _COMPRESSED:
             raise OpenVisionError(f"{path}: is compressed ({_COMPRESSED[start[:2]]}); unpack it to a plain tar first")
@@ -188,9 +195,10 @@ def scan(path: Location, store: Store | None = None) -> TarIndex:
                     gathered.add(name, offset, length)
         except _CutShort as error:
             broken = str(error)
+    except OSError as error:
+        raise OpenVisionError(f"{path}: can't be read ({error.strerror or error})") from None
     finally:
-        if isinstance(path, Path):
-            store.close_local(path)
+        reader.close()
     if broken and not gathered.keys:
         raise NotATar(f"{path}: is not a tar ({broken})")
     if broken and len(gathered.keys) > 1 and gathered.kinds_of(-1) != gathered.kinds_of(0):
@@ -208,23 +216,28 @@ class _Gathered:
         self.kinds: list[int] = []
         self.offsets: list[int] = []
         self.lengths: list[int] = []
+        self._kinds: dict[str, int] = {}  # of extensions as they are written
         self._present: set[int] = set()  # kinds of the last sample
-        self._last = ""
+        self._start = "\0"  # of the names of the last sample's members: its key and a dot
 
     def add(self, name: str, offset: int, length: int) -> None:
-        slash = name.rfind("/") + 1
-        dot = name.find(".", slash)
-        if dot <= slash or dot == len(name) - 1:
-            return  # no sample's member: hidden files, or a name without extension
-        key = name[:dot]
-        if slash == 1:
-            key = key[1:]
-        extension = name[dot + 1 :].lower()
-        kind = self.extensions.setdefault(extension, len(self.extensions))
-        if key != self._last or kind in self._present or not self.keys:
-            self.keys.append(key)
+        same = name.startswith(self._start)  # most members belong to the sample before
+        extension = name[len(self._start) :] if same else ""
+        if not extension or "/" in extension:
+            slash = name.rfind("/") + 1
+            dot = name.find(".", slash)
+            if dot <= slash or dot == len(name) - 1:
+                return  # no sample's member: hidden files, or a name without extension
+            same, extension = False, name[dot + 1 :]
+        kind = self._kinds.get(extension)
+        if kind is None:
+            kind = self.extensions.setdefault(extension.lower(), len(self.extensions))
+            self._kinds[extension] = kind
+        if not same or kind in self._present:
+            self._start = name[: len(name) - len(extension)]
+            self.keys.append(self._start[:-1].removeprefix("/") if self._start.rfind("/") == 0 else self._start[:-1])
             self.starts.append(len(self.kinds))
-            self._last, self._present = key, set()
+            self._present = set()
         self._present.add(kind)
         self.kinds.append(kind)
         self.offsets.append(offset)
@@ -253,7 +266,7 @@ def _members(reader: ForwardReader) -> Iterator[list[tuple[str, int, int]]]:
     Raises `_CutShort` if it ends early. Headers are walked first and their checksums computed together, many at a time:
     one that fails ends the list before whatever was read in its wake.
     """
-    size, read = reader.size, reader.read
+    size, block, start = reader.size, b"", 0
     at, long_name, long_size = 0, "", None
     done, end = False, bytes(BLOCK)
     while not done:
@@ -262,7 +275,10 @@ def _members(reader: ForwardReader) -> Iterator[list[tuple[str, int, int]]]:
         members: list[tuple[int, str, int, int]] = []  # header's number here, name, offset, size
         problem = ""
         while len(headers) < _CHUNK:
-            header = read(at, BLOCK)
+            header = block[at - start : at - start + BLOCK]
+            if len(header) < BLOCK:
+                start, block = at, reader.block(at)
+                header = block[:BLOCK]
             if header == end:
                 done = True
                 break
@@ -276,6 +292,10 @@ def _members(reader: ForwardReader) -> Iterator[list[tuple[str, int, int]]]:
             headers.append(header)
             places.append(at)
             at += BLOCK
+            if kind == b"0" and not long_name and long_size is None and at + length <= size:  # as nearly always
+                members.append((len(headers) - 1, member_name(header), at, length))
+                at += (length + 511) & -BLOCK
+                continue
             if kind not in _RECORDS and long_size is not None:
                 length = long_size
             if at + length > size:
@@ -288,7 +308,7 @@ def _members(reader: ForwardReader) -> Iterator[list[tuple[str, int, int]]]:
                 if long_name and kind in (b"x", b"L"):
                     problem = f"two names for one member at byte {at}"
                     break
-                record = read(at, length)
+                record = reader.read(at, length)
                 if kind == b"L":
                     long_name = _text(record)
                 elif kind == b"x":
@@ -320,7 +340,8 @@ def _length(header: bytes) -> int:
     field = header[124:136]
     if field[11] in b"\0 ":  # as nearly all writers do it: eleven octal digits and an end
         try:
-            return max(-1, int(field[:11], 8))
+            length = int(field[:11], 8)
+            return length if length >= 0 else -1
         except ValueError:
             pass
     if field[0] == 0x80:  # sizes beyond 8 GiB are stored in base 256, marked by the highest bit
@@ -338,7 +359,12 @@ def _first_wrong(headers: list[bytes]) -> int | None:
     block = np.frombuffer(b"".join(headers), np.uint8).reshape(-1, BLOCK)
     # the checksum's own eight bytes count as spaces
     sums = block.sum(1, dtype=np.int64) - block[:, 148:156].sum(1, dtype=np.int64) + 8 * ord(" ")
-    stored = np.array([_stored_checksum(header) for header in headers])
+    digits = block[:, 148:154].astype(np.int64) - ord("0")
+    stored = digits @ (8 ** np.arange(5, -1, -1))
+    # as nearly all writers do it: six octal digits, a zero and a space
+    usual = ((digits >= 0) & (digits < 8)).all(1) & (block[:, 154] == 0)
+    for number in np.flatnonzero(~usual):
+        stored[number] = _stored_checksum(headers[number])
     wrong = np.flatnonzero(sums != stored)
     return int(wrong[0]) if len(wrong) else None
 
