@@ -12,8 +12,9 @@ from small_tars import picture, write_tar
 from openvision3.commands import data as commands
 from openvision3.config import DataConfig, OpenVisionError
 from openvision3.data import library as module
+from openvision3.data.catalogue import CATALOGUE, read_catalogue
 from openvision3.data.filters import parse_filter
-from openvision3.data.library import CATALOGUE, Library, read_catalogue
+from openvision3.data.library import Library
 from openvision3.data.shards import MixtureSource, TarSource, open_source
 from openvision3.data.store import Location, Store
 from openvision3.data.tar_index import TarIndex, index_path, save_index, scan

@@ -83,7 +83,7 @@ def index(paths: Paths, workers: int = 0, output: Output = OutputOptions()) -> i
         paths: tars: files, URLs, brace lists, globs or folders
         workers: processes that index; 0: one for each processor
     """
-    from openvision3.data.library import CATALOGUE, write_catalogue
+    from openvision3.data.catalogue import CATALOGUE, write_catalogue
     from openvision3.data.store import Store, expand, name_of, sibling
 
     refuse_existing(output.json, output.overwrite)

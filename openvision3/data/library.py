@@ -7,7 +7,6 @@ others make other ones, and counts are written to one file of 8 bytes a shard.
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import random
@@ -22,6 +21,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from openvision3.config import OpenVisionError
+from openvision3.data.catalogue import CATALOGUE, read_catalogue
 from openvision3.data.filters import Filter
 from openvision3.data.samples import MAX_MEMBER_BYTES, BadSample, parse_json
 from openvision3.data.store import ForwardReader, Location, Store, name_of, sibling
@@ -29,9 +29,6 @@ from openvision3.data.tar_index import NotATar, TarIndex, load_index, save_index
 
 log = logging.getLogger(__name__)
 
-CATALOGUE = "_counts.idx.json"  # in a folder of tars: how many samples each has
-CATALOGUE_VERSION = 1
-MAX_CATALOGUE_BYTES = 1 << 30
 LOCKS = 64  # lock files of a cache folder
 POLL = 0.2  # seconds
 
@@ -200,28 +197,6 @@ class Library:
             known = catalogues[place].get(name_of(shard))
             if known and (not isinstance(shard, Path) or self.store.size(shard) == known[0]):
                 self.counts[number] = known[1]
-
-
-def read_catalogue(place: Location, store: Store) -> dict[str, tuple[int, int]]:
-    """Size and sample count of each tar of a folder, by the tar's name; empty where there is no catalogue."""
-    content = store.read_all(place, MAX_CATALOGUE_BYTES)
-    if content is None:
-        return {}
-    try:
-        data = json.loads(content)
-        if data["format_version"] != CATALOGUE_VERSION:
-            return {}
-        tars = {name: (size, count) for name, (size, count) in data["tars"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}
-    whole = all(type(size) is int and type(count) is int and 0 <= count <= size for size, count in tars.values())
-    return tars if whole else {}
-
-
-def write_catalogue(place: Location, tars: dict[str, tuple[int, int]], store: Store) -> None:
-    """Writes the catalogue of a folder, adding to what is there already."""
-    data = {"format_version": CATALOGUE_VERSION, "tars": {**read_catalogue(place, store), **tars}}
-    store.write(place, (json.dumps(data, separators=(",", ":")) + "\n").encode())
 
 
 def _fits(path: Path, unknown: np.ndarray) -> bool:
