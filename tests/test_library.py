@@ -2,6 +2,7 @@
 
 import multiprocessing
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 from small_tars import picture, write_tar
 
 from openvision3.commands import data as commands
-from openvision3.config import DataConfig, OpenVisionError
+from openvision3.commands.train import resolve
+from openvision3.config import DataConfig, OpenVisionError, TrainConfig, differences, load_json, save_json
 from openvision3.data import library as module
 from openvision3.data.catalogue import CATALOGUE, read_catalogue
 from openvision3.data.filters import parse_filter
@@ -18,6 +20,7 @@ from openvision3.data.library import Library
 from openvision3.data.shards import MixtureSource, TarSource, open_source
 from openvision3.data.store import Location, Store
 from openvision3.data.tar_index import TarIndex, index_path, save_index, scan
+from openvision3.recipes import RECIPES
 
 COUNTS = [4, 7, 1, 6, 5, 3]
 
@@ -208,3 +211,18 @@ def test_mixtures(tars: list[Path], tmp_path: Path) -> None:
     for changes in ({"weights": (1.0,)}, {"weights": (1.0, 1.0, 0.0)}, {"mixture": ()}):
         with pytest.raises(OpenVisionError, match="weights"):
             open_source(DataConfig(**{"mixture": config.mixture, "weights": config.weights, **changes}), "train", 16)
+
+
+def test_the_command_lines_flags_reach_the_data(tars: list[Path], tmp_path: Path) -> None:
+    """Flags of `ov3 train`, by way of the run's config.json, to the samples."""
+    folder = tars[0].parent
+    text = ["--data.alt-key", "", "--data.caption-field", "caption", "--data.filter", "width >= 100"]
+    mixture = ["--data.mixture", f"{folder}/{{0,1}}.tar", f"{folder}/2.tar", "--data.weights", "3", "1"]
+    config = resolve(RECIPES["demo"](), [*text, *mixture, "--data.store-attempts", "3"]).config
+    save_json(config, tmp_path / "config.json")
+    data = load_json(TrainConfig, tmp_path / "config.json").data
+    assert data == config.data and data.weights == (3.0, 1.0) and len(data.sources) == 2
+    sample = open_source(replace(data, mixture=data.mixture[:1], weights=(1.0,)), "train", 16).read(0)
+    assert sample.alt == sample.caption and sample.meta["width"] >= 100
+    changed = {name: again for name, _, _, again in differences(config.data, DataConfig(scenes=config.data.scenes))}
+    assert changed == {"mixture": False, "weights": False, "filter": False, "alt_key": False, "store_attempts": True}

@@ -47,6 +47,8 @@ class Flaky(MemoryFileSystem):
             raise ConnectionResetError("connection reset\nby peer")
         if fault == "hang":
             time.sleep(3)
+        if fault == "lost":
+            raise FileNotFoundError(path) from ConnectionResetError()
         if fault == "forbid":
             raise PermissionError("403")
         return data[: len(data) // 2] if fault == "cut" else data + data if fault == "twice" else data
@@ -124,6 +126,10 @@ def test_what_trying_again_does_not_mend(flaky: type[Flaky]) -> None:
         with pytest.raises(StoreError, match="flaky://data/none: no such file"):
             call()
     assert Store().read_all("flaky://data/none", 10) is None
+    flaky.faults = ["forbid"]
+    assert Store().read_all("flaky://data/a", 1000) is None  # as S3 says of missing files where it may not be listed
+    flaky.faults = ["lost", "lost"]
+    assert Store().read("flaky://data/a", 0, 100) == bytes(100)  # as fsspec says of any error over http
 
 
 def test_unknown_stores_and_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ PARALLEL = 16  # reads of a store that a process has under way
 BLOCK = 8 * 2**20  # bytes that one read of a store asks for where a file is gone through from front to back
 LOCAL_BLOCK = 4096  # the same of a local file: a header, and those of the small members after it
 FIRST_WAIT, LONGEST_WAIT = 0.1, 20.0  # seconds between attempts: doubled each time, up to the longest
-_FINAL = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, NotImplementedError, ImportError)
+_FINAL = (IsADirectoryError, NotADirectoryError, PermissionError, NotImplementedError, ImportError)
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "abfs": "adlfs"}
 
 Location = Path | str  # a local file, or a URL
@@ -134,7 +134,10 @@ class Store:
         return self._retry(location, attempt)
 
     def read_all(self, location: Location, most: int) -> bytes | None:
-        """A whole file of at most `most` bytes; None where there is no such file, or a larger one."""
+        """A whole file of at most `most` bytes; None where there is no such file, or a larger one.
+
+        Nor where a store forbids to look: one that may not be listed says so of files that are not there.
+        """
         self._here()
         if isinstance(location, Path):
             try:
@@ -152,7 +155,7 @@ class Store:
         try:
             data = self._retry(location, attempt)
         except StoreError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
+            if isinstance(error.__cause__, FileNotFoundError | PermissionError):
                 return None
             raise
         return data if len(data) <= most else None
@@ -265,11 +268,13 @@ class Store:
                 return attempt()
             except StoreError:
                 raise
-            except FileNotFoundError as error:
-                raise StoreError(f"{url}: no such file") from error
-            except _FINAL as error:
-                raise StoreError(f"{url}: can't be read ({_one_line(error)})") from error
             except Exception as error:  # every store's package has errors of its own
+                if isinstance(error, FileNotFoundError) and not _may_pass(error.__cause__):
+                    raise StoreError(f"{url}: no such file") from error
+                if isinstance(error, _FINAL):
+                    raise StoreError(f"{url}: can't be read ({_one_line(error)})") from error
+                if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
+                    error = error.__cause__
                 if not left:
                     raise StoreError(
                         f"{url}: no answer after {self.attempts} attempts; the last error: {_one_line(error)} "
@@ -280,6 +285,15 @@ class Store:
                 time.sleep(wait * (0.5 + self._jitter.random()))
                 wait = min(2 * wait, LONGEST_WAIT)
         raise AssertionError
+
+
+def _may_pass(cause: BaseException | None) -> bool:
+    """Whether what a store's package took for a missing file was an answer that did not come (fsspec does for http)."""
+    status = getattr(cause, "status", None)
+    if isinstance(status, int):
+        return status >= 500 or status == 429
+    connection = isinstance(cause, OSError) or type(cause).__module__.startswith("aiohttp")
+    return connection and not isinstance(cause, FileNotFoundError)
 
 
 def _one_line(error: BaseException) -> str:
