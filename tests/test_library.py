@@ -20,7 +20,7 @@ from openvision3.data.library import Library
 from openvision3.data.shards import MixtureSource, TarSource, open_source
 from openvision3.data.store import Location, Store
 from openvision3.data.tar_index import TarIndex, index_path, save_index, scan
-from openvision3.recipes import RECIPES
+from openvision3.recipes import demo
 
 COUNTS = [4, 7, 1, 6, 5, 3]
 
@@ -218,7 +218,7 @@ def test_the_command_lines_flags_reach_the_data(tars: list[Path], tmp_path: Path
     folder = tars[0].parent
     text = ["--data.alt-key", "", "--data.caption-field", "caption", "--data.filter", "width >= 100"]
     mixture = ["--data.mixture", f"{folder}/{{0,1}}.tar", f"{folder}/2.tar", "--data.weights", "3", "1"]
-    config = resolve(RECIPES["demo"](), [*text, *mixture, "--data.store-attempts", "3"]).config
+    config = resolve(demo(), [*text, *mixture, "--data.store-attempts", "3"]).config
     save_json(config, tmp_path / "config.json")
     data = load_json(TrainConfig, tmp_path / "config.json").data
     assert data == config.data and data.weights == (3.0, 1.0) and len(data.sources) == 2
