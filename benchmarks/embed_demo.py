@@ -39,8 +39,8 @@ general, and no other words.**
 {table}
 
 Limits: small things and pictures of three or more are named less well; what is not one of the 494 things is called by
-one of their names; relations (left of, above ...) are guessed; at sizes above {size} px reconstructions lose more
-against the VAE. `metrics.jsonl` is the log of the run.
+one of their names; at sizes above {size} px reconstructions lose more against the VAE. `metrics.jsonl` is the
+log of the run.
 """
 
 

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["OpenVision3", "OpenVisionError", "load", "load_image", "preprocess", "__version__"]
+__all__ = ["OpenVision3", "OpenVisionError", "crop_back", "load", "load_image", "preprocess", "__version__"]
 
 if TYPE_CHECKING:
     from openvision3.config import OpenVisionError
-    from openvision3.data.transforms import load_image, preprocess
+    from openvision3.data.transforms import crop_back, load_image, preprocess
     from openvision3.hub.load import load
     from openvision3.model.openvision3 import OpenVision3
 
 _HOMES = {
     "OpenVision3": "openvision3.model.openvision3",
     "OpenVisionError": "openvision3.config",
+    "crop_back": "openvision3.data.transforms",
     "load": "openvision3.hub.load",
     "load_image": "openvision3.data.transforms",
     "preprocess": "openvision3.data.transforms",

@@ -33,9 +33,10 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "quickstart": Command("train, measure and look at a small encoder, in minutes", "quickstart", "quickstart"),
     "info": Command("what a model is made of: parts, sizes, FLOPs", "inference", "info"),
-    "encode": Command("pictures to unified tokens and embeddings (safetensors)", "inference", "encode"),
+    "encode": Command("pictures to unified tokens and embeddings (safetensors)", "encode", "encode"),
     "reconstruct": Command("pictures to tokens and back to pictures", "inference", "reconstruct"),
     "caption": Command("a caption for each picture", "inference", "caption"),
+    "search": Command("the pictures of a folder that fit a text, or another picture, best", "search", "search"),
     "classify": Command("zero-shot: which of the labels fits each picture best", "inference", "classify"),
     "data make-demo": Command("write captioned scenes as indexed tars", "data", "make_demo"),
     "data index": Command("index tars, for random access and exact resume", "data", "index"),
@@ -48,7 +49,7 @@ COMMANDS: dict[str, Command] = {
     "eval probe": Command("a linear probe on pooled embeddings", "evaluation", "probe"),
     "eval vae": Command("PSNR, SSIM, LPIPS of a frozen VAE alone", "evaluation", "vae"),
     "eval all": Command("all of these", "evaluation", "everything"),
-    "convert": Command("released or PyTorch weights to a model folder", "convert", "convert"),
+    "convert": Command("a model to a folder, the released layout or ONNX, verified", "convert", "convert"),
     "assets list": Command("weights that are fetched by name, and which are here", "assets", "assets_list"),
     "assets fetch": Command("fetch weights by name", "assets", "assets_fetch"),
 }

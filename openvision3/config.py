@@ -26,6 +26,9 @@ def resumable(default: Any) -> Any:
 
 Activation = Literal["gelu", "gelu_tanh", "relu_squared"]
 AttentionPath = Literal["auto", "sdpa", "matmul"]
+# "head": the norm and projection of the pooled embedding; "text_encoder" has the contrastive temperature with it
+ModelPart = Literal["encoder", "head", "decoder", "text_encoder", "text_decoder"]
+MODEL_PARTS: tuple[ModelPart, ...] = typing.get_args(ModelPart)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,14 @@ class TextDecoderConfig:
 
 
 @dataclass(frozen=True)
+class ExternalEncoderConfig:
+    """A frozen encoder of another library (CLIP, SigLIP) whose tokens a model reads: named, never packed."""
+
+    source: str  # folder, or hub id
+    sha256: str = ""  # of its weights; empty: not checked
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The unified encoder and its decoders. `None` marks a part that the model lacks."""
 
@@ -98,6 +109,7 @@ class ModelConfig:
     noise_relative: bool = True  # sigma in units of the tokens' root mean square, so that growing does not escape it
     attention: AttentionPath = "auto"  # "auto": matmul-softmax on CPU, sdpa elsewhere; same mathematics
     vae: VAEConfig = VAEConfig()
+    external: ExternalEncoderConfig | None = None  # encodes in place of `encoder`, which then states its size alone
 
     @property
     def position_extent(self) -> tuple[int, int] | None:
@@ -214,6 +226,9 @@ class TrainConfig:
     stage2: StageConfig = StageConfig()
     seed: int = 0  # of initialisation and noise
     init: str = ""  # model folder to start from; empty: random weights
+    attach: tuple[ModelPart, ...] = ()  # parts of `model` that are new: random, while `init` gives all else
+    freeze: tuple[ModelPart, ...] = ()  # parts that stay as they are in `init`; those in `attach` are trained anyway
+    vocabulary: Literal["demo", "bert"] = "demo"  # of attached text towers; "bert": 30,522 entries and longer texts
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # "auto": the faster, timed once at the start, then kept
     micro_batch: int = 0  # samples per forward pass; 0: the whole batch. The losses stay those of the whole batch
     checkpoint_blocks: bool = False  # recompute blocks in the backward pass: less memory, more time
@@ -228,6 +243,11 @@ class TrainConfig:
     @property
     def stages(self) -> tuple[StageConfig, ...]:
         return tuple(stage for stage in (self.stage1, self.stage2) if stage.samples > 0)
+
+    @property
+    def frozen(self) -> tuple[ModelPart, ...]:
+        """The parts that the run leaves as they are."""
+        return tuple(part for part in MODEL_PARTS if part in self.freeze and part not in self.attach)
 
 
 @dataclass(frozen=True)
@@ -317,6 +337,8 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
             raise OpenVisionError(f"{where}: expected a list, got {value!r}")
         return tuple(_decode(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is tuple:
+        if isinstance(value, list | tuple) and args[-1] is Ellipsis:
+            args = (args[0],) * len(value)
         if not isinstance(value, list | tuple) or len(value) != len(args):
             raise OpenVisionError(f"{where}: expected {len(args)} values, got {value!r}")
         return tuple(_decode(arg, item, f"{where}[{i}]") for i, (arg, item) in enumerate(zip(args, value, strict=True)))

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from openvision3.config import (
+    MODEL_PARTS,
     DataConfig,
     LossConfig,
     ModelConfig,
+    ModelPart,
     OptimizerConfig,
     SceneConfig,
     StageConfig,
@@ -146,9 +148,54 @@ def paper_b16() -> TrainConfig:
     )
 
 
+def _attach(recipe: str, attach: tuple[ModelPart, ...]) -> TrainConfig:
+    """New parts on the frozen encoder of --init, on the demo's scenes; sizes of parts are upper bounds (`attached`)."""
+    tokenizer = demo_tokenizer()
+    text = TransformerConfig(512, 6, 8, activation="gelu_tanh")
+    return TrainConfig(
+        recipe=recipe,
+        model=ModelConfig(
+            text_encoder=TextEncoderConfig(text, tokenizer.vocab_size, 32),
+            text_decoder=TextDecoderConfig(text, tokenizer.vocab_size, 32),
+            vae=VAEConfig(licence="MIT"),
+        ),
+        data=DataConfig(scenes=SceneConfig(size_min=0.2, size_max=0.65)),
+        loss=LossConfig(pixel_stride=8),
+        optimizer=OptimizerConfig(weight_decay=0.05),
+        stage1=StageConfig(samples=100_000, warmup_samples=4_000, batch_size=64, base_lr=2e-3),
+        attach=attach,
+        freeze=MODEL_PARTS,
+        eval_every=25_000,
+        checkpoint_every=10_000,
+    )
+
+
+def attach_decoder() -> TrainConfig:
+    """A reconstruction decoder on the frozen encoder of --init MODEL (ours, released, CLIP, SigLIP).
+
+    `--init` is a model folder, a folder in the released format, one of open_clip's or transformers' CLIP or SigLIP, or
+    a hub id. LPIPS joins in stage 2. With `--attach decoder text_encoder text_decoder` text towers are trained as well.
+    """
+    config = _attach("attach_decoder", ("decoder",))
+    last = StageConfig(samples=20_000, warmup_samples=1_000, batch_size=64, base_lr=4e-4, lpips_weight=0.5)
+    return replace(config, stage1=replace(config.stage1, samples=80_000), stage2=last)
+
+
+def attach_text() -> TrainConfig:
+    """A text encoder and a caption decoder on the frozen encoder of --init MODEL (locked-image tuning).
+
+    Source: LiT, arXiv 2111.07991. `--init` as for `attach_decoder`. The pooled embedding's projection stays as it is,
+    where the model has one; `--attach head text_encoder text_decoder` trains a new one. `--vocabulary bert` is for
+    captions beyond the demo's.
+    """
+    return _attach("attach_text", ("text_encoder", "text_decoder"))
+
+
 RECIPES: dict[str, Callable[[], TrainConfig | VAETrainConfig]] = {
     "quickstart": quickstart,
     "demo": demo,
     "demo_vae": demo_vae,
     "paper_b16": paper_b16,
+    "attach_decoder": attach_decoder,
+    "attach_text": attach_text,
 }

@@ -140,7 +140,8 @@ def _refuse_half(dtype: torch.dtype) -> None:
 def _precision(autoencoder: nn.Module, inputs: Tensor) -> Iterator[torch.dtype]:
     """Gives the weights' type, outside of any autocast to fp16: FLUX.1's VAE gives NaN there (InvokeAI #7213)."""
     device = inputs.device.type
-    half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    known = device != "meta"  # FLOPs are counted there; autocast does not know it
+    half = known and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
     with torch.autocast(device, enabled=False) if half else contextlib.nullcontext():
         yield next(autoencoder.parameters()).dtype
 

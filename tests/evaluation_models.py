@@ -32,7 +32,7 @@ def random_model(**changes: Any) -> OpenVision3:
         "encoder": size,
         "decoder": size,
         "text_encoder": TextEncoderConfig(**text),
-        "text_decoder": TextDecoderConfig(**{**text, "context_length": 12}),
+        "text_decoder": TextDecoderConfig(**{**text, "context_length": 12, "image_positions": 1.0}),
     }
     architecture = TinyVAEConfig(
         encoder_widths=(8, 8, 8), decoder_widths=(8, 8, 8), encoder_depths=(1, 1, 1), decoder_depths=(1, 1, 1)

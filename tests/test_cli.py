@@ -168,6 +168,10 @@ def test_whole_file_leaves_nothing_half_written(tmp_path: Path) -> None:
     common.write_json(path, {"a": 2}, overwrite=True)
     assert json.loads(path.read_text()) == {"a": 2}
     assert [p.name for p in path.parent.iterdir()] == ["figures.json"]
+    with common.whole_file(path, overwrite=True) as one, common.whole_file(path, overwrite=True) as other:
+        assert one != other  # a process of this id on another host writes there too
+        one.write_text("1")
+        other.write_text("2")
 
 
 def test_progress_prints_plain_lines_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:

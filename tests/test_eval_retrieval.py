@@ -80,7 +80,7 @@ def test_broken_weights_are_no_result() -> None:
 def test_missing_text_encoder_and_missing_captions() -> None:
     from openvision3.evaluation.samples import landscape_samples
 
-    with pytest.raises(OpenVisionError, match="no text encoder"):
+    with pytest.raises(OpenVisionError, match="no text encoder.*attach_text --init MODEL"):
         retrieval(random_model(text_encoder=None), scene_samples(2, 32))
     with pytest.raises(OpenVisionError, match="needs captions"):
         retrieval(random_model(), landscape_samples(32, 3))

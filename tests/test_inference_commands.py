@@ -4,6 +4,7 @@ import json
 import shutil
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +47,22 @@ def test_info_prints_the_parts(capsys: pytest.CaptureFixture[str], tiny_model: P
     assert figures["flops"] == model.flops(64)
     assert figures["config"]["encoder"]["width"] == 32
     assert "4 x 4 of width 32" in out and "licence MIT" in out
+    assert "positions: computed from row and column, at any size" in out
     for part in ("encoder", "decoder", "text_encoder", "text_decoder", "vae"):
         assert part in out
+
+
+def test_info_says_how_positions_are_made(
+    capsys: pytest.CaptureFixture[str], tiny_model: Path, tmp_path: Path
+) -> None:
+    model = OpenVision3.load(tiny_model)
+    for name, change, expected in (
+        ("scaled", {"positions": "scaled"}, "computed; at other sizes spread over what 4 x 4 tokens cover"),
+        ("stored", {"stored_positions": True}, "a stored table for 4 x 4 tokens, interpolated at other sizes"),
+    ):
+        config = replace(model.config, text_decoder=None, text_encoder=None, **change)
+        OpenVision3(config, model.vae).save(tmp_path / name)
+        assert f"positions: {expected}\n" in ov3(capsys, "info", tmp_path / name)[1]
 
 
 def test_reconstruct_writes_every_output_beside_its_input(
@@ -63,7 +78,7 @@ def test_reconstruct_writes_every_output_beside_its_input(
     options = ("--model", tiny_model, "--batch-size", 2, "--json", tmp_path / "r.json")
     code, out, err = ov3(capsys, "reconstruct", tmp_path, *options)
     assert code == 1
-    expected = {"a": (64, 64), "b": (96, 64), "sub/c": (32, 80), "d": (64, 64), "e": (16, 16)}
+    expected = {"a": (64, 64), "b": (100, 70), "sub/c": (33, 90), "d": (64, 64), "e": (1, 1)}
     for name, size in expected.items():
         assert Image.open(tmp_path / f"{name}.reconstructed.png").size == size
     lines = err.splitlines()
@@ -80,18 +95,20 @@ def test_reconstruct_writes_every_output_beside_its_input(
 def test_reconstructed_pixels_and_psnr_are_the_models(
     capsys: pytest.CaptureFixture[str], tiny_model: Path, tmp_path: Path
 ) -> None:
-    path = picture(tmp_path / "a.png", 64, 48)
+    """A picture of 61 x 35 pixels is padded to 64 x 48 tokens' worth, and cropped back before it is scored."""
+    path = picture(tmp_path / "a.png", 61, 35)
     assert ov3(capsys, "reconstruct", path, "--model", tiny_model, "--json", tmp_path / "r.json")[0] == 0
-    model, images = OpenVision3.load(tiny_model), prepare(path, None, 1024)[None]
+    model, images = OpenVision3.load(tiny_model), prepare(path, None, 1024)[0][None]
+    assert images.shape == (1, 3, 48, 64)
     with torch.no_grad():
-        decoded = model.decode(model.encode(images), grid=(3, 4))[0]
+        decoded = model.decode(model.encode(images), grid=(3, 4))[0, :, :35, :61]
     expected = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     written = np.asarray(Image.open(tmp_path / "a.reconstructed.png"))
     np.testing.assert_array_equal(written, expected)
     error = np.mean((written.astype(float) - np.asarray(Image.open(path)).astype(float)) ** 2)
     figures = json.loads((tmp_path / "r.json").read_text())
     assert figures["pictures"][0]["psnr"] == pytest.approx(10 * np.log10(255**2 / error), abs=1e-4)
-    assert figures["pictures"][0]["size"] == [64, 48]
+    assert figures["pictures"][0]["size"] == [61, 35]
 
 
 def test_nothing_is_overwritten_unless_asked(
@@ -123,7 +140,7 @@ def test_out_size_suffix_and_max_side(capsys: pytest.CaptureFixture[str], tiny_m
     image = Image.open(tmp_path / "out" / "sub" / "wide-48.jpg")
     assert (image.size, image.format) == ((48, 48), "JPEG")
     assert ov3(capsys, "reconstruct", tmp_path / "in", *options, "--max-side", 100)[0] == 0
-    assert Image.open(tmp_path / "out" / "sub" / "wide.reconstructed.png").size == (96, 48)
+    assert Image.open(tmp_path / "out" / "sub" / "wide.reconstructed.png").size == (100, 50)
 
 
 def test_bad_pictures_are_named_and_cost_exit_code_1(
@@ -132,11 +149,10 @@ def test_bad_pictures_are_named_and_cost_exit_code_1(
     bomb = tmp_path / "bomb.png"  # 30,000 x 30,000 by its header
     header = b"IHDR" + struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
     bomb.write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)))
-    narrow = picture(tmp_path / "narrow.png", 2000, 3)
     truncated = tmp_path / "truncated.jpg"
     truncated.write_bytes(picture(tmp_path / "whole.jpg", 200, 200).read_bytes()[:2000])
     good = picture(tmp_path / "good.png")
-    bad = [bomb, narrow, truncated, tmp_path / "missing.png"]
+    bad = [bomb, truncated, tmp_path / "missing.png"]
     code, _, err = ov3(capsys, "reconstruct", *bad, good, "--model", tiny_model)
     assert code == 1
     lines = err.splitlines()
@@ -148,6 +164,7 @@ def test_bad_pictures_are_named_and_cost_exit_code_1(
 
 def test_every_kind_of_picture_is_read(capsys: pytest.CaptureFixture[str], tiny_model: Path, tmp_path: Path) -> None:
     base = Image.open(picture(tmp_path / "rgb.png", 48, 32))
+    picture(tmp_path / "narrow.png", 2000, 3)
     base.convert("CMYK").save(tmp_path / "cmyk.jpg")
     base.convert("P").save(tmp_path / "palette.gif", transparency=0)
     base.save(tmp_path / "animated.webp", save_all=True, append_images=[base.rotate(90)])
@@ -160,6 +177,7 @@ def test_every_kind_of_picture_is_read(capsys: pytest.CaptureFixture[str], tiny_
     assert code == 0, err
     sizes = {p.name.split(".")[0]: Image.open(p).size for p in tmp_path.glob("*.reconstructed.png")}
     assert sizes.pop("turned") == (32, 48)
+    assert sizes.pop("narrow") == (1024, 2)
     assert len(sizes) == 6 and set(sizes.values()) == {(48, 32)}
 
 
@@ -177,18 +195,18 @@ def test_an_output_that_cannot_be_written_fails_alone(
 
 
 def test_encode_gives_the_models_tokens(capsys: pytest.CaptureFixture[str], tiny_model: Path, tmp_path: Path) -> None:
-    paths = [picture(tmp_path / f"{i}.png", 80, 64, seed=i) for i in range(3)]
+    paths = [picture(tmp_path / f"{i}.png", 75, 64, seed=i) for i in range(3)]
     assert ov3(capsys, "encode", *paths, "--model", tiny_model)[0] == 0
     model = OpenVision3.load(tiny_model)
     with torch.no_grad():
-        tokens = model.encode(prepare(paths[2], 64, 1024)[None])
+        tokens = model.encode(prepare(paths[2], 64, 1024)[0][None])
         embedding = model.pool(tokens)
     saved = load_file(tmp_path / "2.tokens.safetensors")
     torch.testing.assert_close(saved["tokens"], tokens[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(saved["embedding"], embedding[0], atol=1e-5, rtol=0)
     assert ov3(capsys, "encode", paths[0], "--model", tiny_model, "--native-size", "--overwrite")[0] == 0
     with safe_open(tmp_path / "0.tokens.safetensors", "pt") as file:
-        assert file.metadata()["grid"] == "4x5"
+        assert file.metadata() == {"grid": "4x5", "size": "64x75", "model": str(tiny_model)}
         assert file.get_tensor("tokens").shape == (20, 32)
 
 
@@ -200,7 +218,7 @@ def test_caption_prints_a_line_a_picture(capsys: pytest.CaptureFixture[str], tin
     lines = [line.split("\t") for line in out.splitlines()]
     assert [line[0] for line in lines] == [str(path) for path in paths]
     model = OpenVision3.load(tiny_model)
-    images = torch.stack([prepare(path, 64, 1024) for path in paths])
+    images = torch.stack([prepare(path, 64, 1024)[0] for path in paths])
     assert [line[1] for line in lines] == model.caption(images, num_beams=2)
     figures = json.loads((tmp_path / "c.json").read_text())
     assert [p["caption"] for p in figures["pictures"]] == [line[1] for line in lines]
@@ -215,7 +233,7 @@ def test_classify_ranks_labels(capsys: pytest.CaptureFixture[str], tiny_model: P
     model = OpenVision3.load(tiny_model)
     names = ["panda", "apple", "car"]
     with torch.no_grad():
-        image = model.embed_image(prepare(path, 64, 1024)[None])
+        image = model.embed_image(prepare(path, 64, 1024)[0][None])
         text = torch.stack([model.embed_text([f"a {n}", f"one {n} here"]).mean(0) for n in names])
         text = text / text.norm(dim=-1, keepdim=True)
         probabilities = (model.temperature() * image @ text.T).softmax(-1)[0]
@@ -310,8 +328,6 @@ def test_broken_models_exit_2_in_one_line(
 
 
 def test_a_missing_part_is_named(capsys: pytest.CaptureFixture[str], tiny_model: Path, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     model = OpenVision3.load(tiny_model)
     config = replace(model.config, text_decoder=None, text_encoder=None)
     OpenVision3(config, model.vae).save(tmp_path / "vision")
@@ -360,6 +376,7 @@ def test_a_released_checkpoint_is_described_and_converted_without_its_vae(
     code, out, err = ov3(capsys, "info", released)
     assert code == 0, err
     assert "has tokens\n" in out and "can't be loaded: " in out
+    assert "positions: " in out
     assert ov3(capsys, "convert", released, "--out", tmp_path / "own")[0] == 0
     own, original = OpenVision3.load(tmp_path / "own", vae=None), load_released(released, vae=None)
     latents = torch.randn(1, own.config.in_channels, 8, 8)

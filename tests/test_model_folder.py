@@ -22,6 +22,7 @@ from openvision3.config import (
     VAEConfig,
 )
 from openvision3.data.tokenizer import demo_tokenizer
+from openvision3.model.encoder import VisionEncoder
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.vae import TinyVAE, load_tiny_vae
 
@@ -33,7 +34,7 @@ def make_config(image_input: Literal["prefix", "cross"] = "cross", **changes: An
     config = ModelConfig(
         "small", image_size=64, embed_dim=24, encoder=SIZE, decoder=TransformerConfig(48, 2, 3, mlp_width=80),
         text_encoder=TextEncoderConfig(SIZE, vocab_size, 16),
-        text_decoder=TextDecoderConfig(SIZE, vocab_size, 12, image_input=image_input),
+        text_decoder=TextDecoderConfig(SIZE, vocab_size, 12, image_input=image_input, image_positions=1.0),
     )  # fmt: skip
     return dataclasses.replace(config, **changes)
 
@@ -72,7 +73,7 @@ def test_encode_decode_embed_and_caption(model):
     torch.testing.assert_close(torch.nn.functional.normalize(pooled, dim=-1), model.embed_image(images))
     for beams in (1, 2):
         captions = model.caption(images, num_beams=beams, max_length=5)
-        assert captions == model.caption(tokens=tokens, num_beams=beams, max_length=5)
+        assert captions == model.caption(tokens=tokens, grid=(2, 4), num_beams=beams, max_length=5)
         assert len(captions) == 2 and all(isinstance(caption, str) for caption in captions)
     with pytest.raises(OpenVisionError, match="grid="):
         model.decode(tokens)
@@ -189,10 +190,12 @@ def test_half_precision_on_disk(model, tmp_path):
     model.save(tmp_path / "half", dtype=torch.float16)
     assert load_file(tmp_path / "half" / "model.safetensors")["encoder.patch_embed.weight"].dtype == torch.float16
     loaded = OpenVision3.load(tmp_path / "half")
+    assert isinstance(model.encoder, VisionEncoder) and isinstance(loaded.encoder, VisionEncoder)
     weight = model.encoder.patch_embed.weight
     assert torch.equal(loaded.encoder.patch_embed.weight, weight.half().float())
     assert loaded.logit_scale.item() == model.logit_scale.item() and loaded.token_rms.item() == pytest.approx(1.7)
     huge = OpenVision3(make_config())
+    assert isinstance(huge.encoder, VisionEncoder)
     huge.encoder.class_token.data.fill_(1e6)
     with pytest.raises(OpenVisionError, match="class_token"):
         huge.save(tmp_path / "huge", dtype=torch.float16)
@@ -230,6 +233,11 @@ def test_nothing_is_overwritten_unasked(model, folder, tmp_path):
     (tmp_path / "other" / "thesis.txt").write_text("years of work")
     with pytest.raises(OpenVisionError, match="no model"):
         model.save(tmp_path / "other", overwrite=True)
+    (tmp_path / "other" / "thesis.txt").rename(tmp_path / "other" / "model.safetensors")
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(OpenVisionError, match="no model"):
+        model.save(tmp_path / "other", overwrite=True)
+    assert (tmp_path / "other" / "model.safetensors").read_text() == "years of work"
 
 
 def break_weights(folder, change):
@@ -278,7 +286,11 @@ def cut_short(folder):
         (lambda f: break_weights(f, lambda t: t.update({"encoder.class_token": torch.zeros(32).int()})), "int32"),
         (lambda f: (f / "config.json").unlink(), "no config.json"),
         (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
-        (lambda f: (f / "config.json").write_text("[1]"), "format_version"),
+        (lambda f: (f / "config.json").write_text("[1]"), "holds list, expected a table"),
+        (lambda f: edit_config(f, lambda d: d["model"]["vae"].update(factor=0)), "factor is 0"),
+        (lambda f: edit_config(f, lambda d: d["model"]["vae"].update(channels=10**9)), "channels is 1000000000"),
+        (lambda f: edit_config(f, lambda d: d["model"]["vae"].update(latent_scale=0)), "latent_scale .* 0"),
+        (lambda f: edit_config(f, lambda d: d["model"]["vae"].update(latent_scale=math.nan)), "latent_scale .* nan"),
         (lambda f: edit_config(f, lambda d: d.pop("format_version")), "format_version"),
         (lambda f: edit_config(f, lambda d: d.update(format_version=99)), "format_version 99"),
         (lambda f: edit_config(f, lambda d: d["model"].update(ecnoder={})), "ecnoder.*encoder"),

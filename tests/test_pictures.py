@@ -53,6 +53,13 @@ def test_out_keeps_a_folders_shape_and_refuses_two_results_in_one_file(tmp_path:
     assert found.failed == 1 and "already the output of" in found.failures[0]
 
 
+def test_keys_are_paths_inside_the_folder_that_was_given(tmp_path: Path) -> None:
+    touch(tmp_path, "in/sub/c.png", "in/a.png", "b.png")
+    for suffix in ("", SUFFIX):
+        found = find_pictures([tmp_path / "in", tmp_path / "b.png"], suffix)
+        assert [p.key for p in found.pictures] == ["a.png", "sub/c.png", "b.png"]
+
+
 def test_files_are_taken_as_named_and_once(tmp_path: Path) -> None:
     touch(tmp_path, "odd", "a.reconstructed.png")
     given = [tmp_path / "odd", tmp_path / "missing.png", tmp_path / "odd", tmp_path / "a.reconstructed.png"]
@@ -71,10 +78,11 @@ def test_an_output_never_replaces_an_input(tmp_path: Path) -> None:
 
 
 def sized(sizes: dict[str, tuple[int, int]]) -> "tuple[list[Picture], object]":
-    def prepare(path: Path) -> Tensor:
+    def prepare(path: Path) -> tuple[Tensor, tuple[int, int]]:
         if path.name not in sizes:
             raise OpenVisionError(f"{path.name}: broken")
-        return torch.full((3, *sizes[path.name]), float(list(sizes).index(path.name)))
+        height, width = sizes[path.name]
+        return torch.full((3, height, width), float(list(sizes).index(path.name))), (height - 1, width - 2)
 
     return [Picture(Path(name)) for name in sizes], prepare
 
@@ -89,7 +97,9 @@ def test_batches_group_by_size_and_hold_every_picture_once() -> None:
     for group, images in batches(pictures, prepare, 4, lambda picture, line: failures.append(line)):  # type: ignore[arg-type]
         counts.append(len(group))
         for picture, image in zip(group, images, strict=True):
-            assert tuple(image.shape[1:]) == names[picture.path.name]
+            height, width = names[picture.path.name]
+            assert tuple(image.shape[1:]) == (height, width)
+            assert picture.size == (height - 1, width - 2)
             assert image[0, 0, 0] == list(names).index(picture.path.name)
             seen.append(picture.path.name)
     assert sorted(seen) == sorted(names)
@@ -113,11 +123,11 @@ def test_what_waits_is_bounded_when_every_picture_has_its_own_size() -> None:
     alive = 0
     most = 0
 
-    def prepare(path: Path) -> Tensor:
+    def prepare(path: Path) -> tuple[Tensor, tuple[int, int]]:
         nonlocal alive, most
         alive += 1
         most = max(most, alive)
-        return torch.zeros(3, 128, 128 + int(path.name))
+        return torch.zeros(3, 128, 128 + int(path.name)), (128, 128)
 
     pictures = [Picture(Path(str(i))) for i in range(120)]
     for group, _ in batches(pictures, prepare, 4, lambda picture, line: None):
@@ -137,7 +147,7 @@ def test_a_caller_that_stops_early_stops_the_thread() -> None:
 
 
 def test_a_fault_of_the_thread_reaches_the_caller() -> None:
-    def prepare(path: Path) -> Tensor:
+    def prepare(path: Path) -> tuple[Tensor, tuple[int, int]]:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -1,8 +1,10 @@
 """The released format: a golden checkpoint, its key names, and everything that does not fit it."""
 
+import hashlib
 import json
 import shutil
 import tempfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import openvision3
-from openvision3.config import OpenVisionError
-from openvision3.hub.released import load_released
+from openvision3.config import OpenVisionError, VAEConfig, to_dict
+from openvision3.hub.encoders import weights_sha256
+from openvision3.hub.released import download, load_released
 from openvision3.model.blocks import sincos_positions
 from openvision3.model.openvision3 import OpenVision3
 
@@ -36,6 +39,12 @@ def change_config(folder, **changes):
     path = folder / "open_clip_config.json"
     data = json.loads(path.read_text())
     data["model_cfg"]["vision_cfg"].update(changes)
+    path.write_text(json.dumps(data))
+
+
+def change_vae(folder, **changes):
+    path = folder / "open_clip_config.json"
+    data = json.loads(path.read_text()) | {"openvision3": {"vae": to_dict(VAEConfig()) | changes}}
     path.write_text(json.dumps(data))
 
 
@@ -87,9 +96,9 @@ def test_it_can_be_saved_as_a_model_folder(folder, tmp_path):
 
 def test_what_it_lacks_is_named():
     model = load_released(GOLDEN, vae=None)
-    with pytest.raises(OpenVisionError, match="no decoder.*demo"):
+    with pytest.raises(OpenVisionError, match="no decoder.*`ov3 train attach_decoder --init MODEL`"):
         model.decode_latents(torch.zeros(1, 16, 64))
-    with pytest.raises(OpenVisionError, match="no text encoder"):
+    with pytest.raises(OpenVisionError, match="no text encoder.*`ov3 train attach_text --init MODEL`"):
         model.embed_text(["a panda"])
 
 
@@ -124,7 +133,16 @@ class Malicious:
         (lambda f: change_config(f, head_width=0), "positive"),
         (lambda f: change_config(f, image_size=7), "multiple"),
         (lambda f: (f / "open_clip_config.json").write_text("{}"), "does not describe"),
-        (lambda f: (f / "open_clip_config.json").write_text("no"), "does not describe"),
+        (lambda f: (f / "open_clip_config.json").write_text("no"), "not valid JSON"),
+        (lambda f: (f / "open_clip_config.json").write_text("[]"), "expected a table"),
+        (lambda f: (f / "open_clip_config.json").write_text('{"model_cfg": []}'), "does not describe"),
+        (lambda f: (f / "open_clip_config.json").write_text("{" + " " * 2_000_000 + "}"), "larger than"),
+        (lambda f: change_config(f, layers=10**12), "open_clip_config.json: depth 1000000000000"),
+        (lambda f: change_config(f, image_size=10**6), "image_size is 8000000"),
+        (lambda f: change_vae(f, factor=0), "factor is 0"),
+        (lambda f: change_vae(f, latent_scale=0.0), "latent_scale .* 0"),
+        (lambda f: change_weights(f, lambda s: s.update(proj=torch.zeros(()).expand(2**19, 2**18))), "numbers of proj"),
+        (lambda f: change_weights(f, lambda s: s.update(proj=torch.eye(3).to_sparse())), "numbers of proj"),
     ],
 )
 def test_what_does_not_fit_gives_one_clear_line(folder, damage, words):
@@ -152,6 +170,34 @@ def test_names_that_lead_nowhere(name, words, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/nonexistent")
     with pytest.raises(OpenVisionError, match=words):
         openvision3.load(name)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["open_clip_config.json", "open_clip_model.safetensors", BIN], "open_clip_model.safetensors"),
+        (["open_clip_config.json", BIN], BIN),
+        (["open_clip_config.json", BIN, "config.json", "model.safetensors", "pytorch_model.bin"], BIN),
+        (["open_clip_config.json", "model.safetensors"], "model.safetensors"),
+        (["config.json", "model.safetensors", "pytorch_model.bin"], "model.safetensors"),
+        (["config.json", "pytorch_model.bin"], "pytorch_model.bin"),
+    ],
+)
+def test_one_copy_of_the_weights_is_fetched_and_hashed(files, expected, monkeypatch, tmp_path):
+    """That which the folder's kind reads; open_clip reads no weights of transformers where it has its own."""
+
+    def snapshot_download(repo_id, allow_patterns):
+        for name in files:
+            if any(fnmatch(name, pattern) for pattern in allow_patterns):
+                (tmp_path / name).write_text(name)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert download("someone/encoder") == tmp_path
+    assert {path.name for path in tmp_path.iterdir() if path.suffix != ".json"} == {expected}
+    for name in files:
+        (tmp_path / name).write_text(name)
+    assert weights_sha256(tmp_path) == hashlib.sha256(expected.encode()).hexdigest()
 
 
 def test_importing_the_package_is_light():

@@ -11,7 +11,15 @@ import torch
 from PIL import Image
 
 from openvision3.config import OpenVisionError
-from openvision3.data.transforms import load_image, preprocess, random_crop, to_pil, to_tensor, to_uint8
+from openvision3.data.transforms import (
+    crop_back,
+    load_image,
+    preprocess,
+    random_crop,
+    to_pil,
+    to_tensor,
+    to_uint8,
+)
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -190,15 +198,66 @@ def test_preprocess_of_a_long_picture_is_the_same_without_its_ends(size: tuple[i
 
 def test_preprocess_of_a_very_long_picture_needs_little_memory() -> None:
     assert preprocess(Image.new("RGB", (1_000_000, 1)), 256).shape == (3, 256, 256)
-    with pytest.raises(OpenVisionError, match="too narrow"):
-        preprocess(Image.new("RGB", (1_000_000, 1)), None)
+    assert preprocess(Image.new("RGB", (1_000_000, 1))).shape == (3, 16, 1024)
 
 
-def test_preprocess_keeps_the_size_but_for_multiples_of_16() -> None:
+def test_preprocess_pads_to_whole_tokens_by_reflection_and_crop_back_undoes_it() -> None:
     image = noise(70, 37)
-    expected = np.asarray(image.crop((3, 2, 67, 34)))
-    assert np.array_equal(np.asarray(to_pil(preprocess(image, None))), expected)
-    assert preprocess(noise(100, 8), None).shape == (3, 16, 192)
+    array, tensor = np.asarray(image), preprocess(image)
+    assert tensor.shape == (3, 48, 80)
+    whole = np.asarray(to_pil(tensor))
+    assert np.array_equal(whole, np.pad(array, ((0, 11), (0, 10), (0, 0)), mode="reflect"))
+    assert np.array_equal(whole[37], array[35].tolist() + array[35, -2:-12:-1].tolist())  # the edge itself not twice
+    assert np.array_equal(np.asarray(to_pil(crop_back(tensor, image.size))), array)
+    batch = crop_back(tensor[None].repeat(2, 1, 1, 1), image.size)
+    assert batch.shape == (2, 3, 37, 70)
+    assert torch.equal(preprocess(noise(64, 32)), to_tensor(noise(64, 32)))  # nothing to pad
+
+
+def test_preprocess_pads_to_what_a_model_needs() -> None:
+    assert preprocess(noise(70, 37), multiple=32).shape == (3, 64, 96)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 7, 15, 16, 17])
+@pytest.mark.parametrize("height", [1, 2, 15])
+def test_preprocess_of_tiny_pictures_reflects_as_often_as_it_takes(width: int, height: int) -> None:
+    image = noise(width, height)
+    tensor, array = preprocess(image), np.asarray(image)
+    assert tensor.shape == (3, 16, -(-width // 16) * 16)
+    assert np.array_equal(np.asarray(to_pil(crop_back(tensor, image.size))), array)
+    period = max(1, 2 * width - 2)
+    for x in range(tensor.shape[2]):  # a triangle wave
+        column = min(x % period, period - x % period)
+        assert np.array_equal(np.asarray(to_pil(tensor))[:height, x], array[:, column])
+
+
+def test_preprocess_caps_the_longest_side() -> None:
+    image = noise(300, 200)
+    tensor = preprocess(image, max_side=100)
+    assert tensor.shape == (3, 80, 112)
+    expected = np.asarray(image.resize((100, 67), Image.Resampling.BICUBIC))
+    assert np.array_equal(np.asarray(to_pil(crop_back(tensor, image.size, max_side=100))), expected)
+    assert preprocess(noise(40, 2000)).shape == (3, 1024, 32)  # 20 x 1024
+    assert preprocess(noise(1024, 16)).shape == (3, 16, 1024)
+    for wrong in ({"size": 0}, {"max_side": 0}, {"multiple": 0}):
+        with pytest.raises(ValueError, match="at least 1 pixel"):
+            preprocess(image, **wrong)
+
+
+def test_the_python_api_reads_prepares_and_crops_back(tmp_path: Path) -> None:
+    """Turned by EXIF, in 16 bits or in CMYK: what comes back has the size of the upright picture."""
+    import openvision3 as ov3
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise(50, 20).save(tmp_path / "turned.jpg", exif=exif)
+    noise(50, 20).convert("CMYK").save(tmp_path / "cmyk.tif")
+    grey_png(tmp_path / "deep.png", 50, 20, bits=16)
+    for name, (width, height) in {"turned.jpg": (20, 50), "cmyk.tif": (50, 20), "deep.png": (50, 20)}.items():
+        image = ov3.load_image(tmp_path / name)
+        tensor = ov3.preprocess(image)
+        assert tensor.shape == (3, -(-height // 16) * 16, -(-width // 16) * 16)
+        assert ov3.crop_back(tensor, image.size).shape == (3, height, width)
 
 
 def test_to_pil_rounds_and_clamps() -> None:

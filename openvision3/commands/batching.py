@@ -13,6 +13,7 @@ from openvision3.commands.pictures import Found, Picture, batches, find_pictures
 from openvision3.config import OpenVisionError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
     from openvision3.model.openvision3 import OpenVision3
@@ -24,7 +25,7 @@ class BatchOptions:
 
     batch_size: int = 32  # pictures of 256 x 256 pixels at once; larger ones go in smaller batches, by their area
     size: int | None = None  # resize the short side to this and crop the centre square, pixels
-    max_side: int = 1024  # without --size: pictures with a longer side are reduced to it, pixels
+    max_side: int = 1024  # where pictures keep their size: those with a longer side are reduced to it, pixels
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,17 @@ def checked_size(model: "OpenVision3", size: int) -> int:
     if size < side or size % side:
         raise OpenVisionError(f"--size {size}: expected a multiple of {side} pixels")
     return size
+
+
+def check_options(model: "OpenVision3", batching: BatchOptions) -> None:
+    """Raises `OpenVisionError` where the model can't read pictures that are prepared and batched so."""
+    if batching.size is not None:
+        checked_size(model, batching.size)
+    if batching.batch_size < 1 or batching.max_side < model.config.downsampling:
+        raise OpenVisionError(f"--batch-size must be at least 1 and --max-side {model.config.downsampling}")
+    if model.config.external is not None and batching.size != model.config.image_size:
+        side = model.config.image_size
+        raise OpenVisionError(f"model {model.config.name!r} reads pictures of {side} x {side} pixels alone")
 
 
 def square(model: "OpenVision3", batching: BatchOptions) -> BatchOptions:
@@ -86,14 +98,20 @@ class Outcome:
 
 
 class Runner:
-    """Feeds prepared batches to a function on the model's device, and counts."""
+    """Feeds prepared batches to a function on the model's device, and counts. `read` takes `load_image`'s place."""
 
-    def __init__(self, found: Found, model: "OpenVision3", batching: BatchOptions):
-        if batching.size is not None:
-            checked_size(model, batching.size)
-        if batching.batch_size < 1 or batching.max_side < model.config.downsampling:
-            raise OpenVisionError(f"--batch-size must be at least 1 and --max-side {model.config.downsampling}")
+    def __init__(
+        self,
+        found: Found,
+        model: "OpenVision3",
+        batching: BatchOptions,
+        read: "Callable[[Path], Image] | None" = None,
+    ):
+        check_options(model, batching)
         self.found, self.batching = found, batching
+        self.load = partial(
+            prepare, size=batching.size, max_side=batching.max_side, multiple=model.config.downsampling, read=read
+        )
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.done, self.failed = 0, found.failed
@@ -108,10 +126,9 @@ class Runner:
 
         for line in self.found.failures:
             common.fail(line)
-        load = partial(prepare, size=self.batching.size, max_side=self.batching.max_side)
         with self.progress, ThreadPoolExecutor(2) as pool:
             writing: list[tuple[Picture, Future[None]]] = []
-            for pictures, images in batches(self.found.pictures, load, self.batching.batch_size, self._fail):
+            for pictures, images in batches(self.found.pictures, self.load, self.batching.batch_size, self._fail):
                 with torch.inference_mode():
                     writers = work(pictures, images.to(self.device, self.dtype))
                 self._settle(writing)

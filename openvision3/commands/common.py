@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
+from openvision3 import files
 from openvision3.config import OpenVisionError
 
 if TYPE_CHECKING:
@@ -62,33 +62,35 @@ def whole_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises `OpenVisionError` where `path` exists and `overwrite` is off.
     """
     refuse_existing(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # the suffix stays last: writers choose the format by it
-    temporary = path.with_name(f".{path.stem[:200]}.{os.getpid()}.tmp{path.suffix}")
-    try:
+    with files.whole_file(path) as temporary:
         yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path | None, figures: Any, overwrite: bool = False) -> None:
     """Writes the figures that were printed as JSON, whole or not at all; nothing where `path` is None."""
     if path is not None:
         with whole_file(path, overwrite) as temporary:
-            temporary.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            text = json.dumps(figures, indent=2, ensure_ascii=False) + "\n"
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # of file names that are no UTF-8
+
+
+def printable(text: str) -> str:
+    """The text, with what is no UTF-8 in a file's name written as `\\udcff`, which can be printed and drawn."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Prints a small table on stdout: the first column left, the others right; floats with four digits."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", show_edge=False)
+    table = Table(title=escape(printable(title)), title_justify="left", show_edge=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
+        cells = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in row)
+        table.add_row(*(escape(printable(cell)) for cell in cells))
     # where nobody looks at a terminal, lines are as long as they need to be
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 

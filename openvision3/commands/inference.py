@@ -1,4 +1,4 @@
-"""`ov3 info`, `encode`, `reconstruct`, `caption` and `classify`: a model applied to pictures."""
+"""`ov3 info`, `reconstruct`, `caption` and `classify`: a model applied to pictures."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,8 +10,8 @@ import tyro
 from openvision3.commands import common
 from openvision3.commands.batching import BatchOptions, OutputOptions, Runner, checked_size, find, square
 from openvision3.commands.common import ModelOptions
-from openvision3.commands.pictures import Picture
-from openvision3.config import OpenVisionError, to_dict
+from openvision3.commands.pictures import Picture, is_picture_name
+from openvision3.config import ModelConfig, OpenVisionError, to_dict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 Images = tyro.conf.Positional[tuple[Path, ...]]
 Model = Annotated[ModelOptions, tyro.conf.arg(name="")]
-Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Batching = Annotated[BatchOptions, tyro.conf.arg(name="")]
 Output = Annotated[OutputOptions, tyro.conf.arg(name=""), tyro.conf.FlagCreatePairsOff]
 
@@ -58,6 +57,7 @@ def info(
         ],
     )
     print(f"tokens: {side} x {side} of width {config.encoder.width}, one for each {config.downsampling} pixels a side")
+    print(f"positions: {_positions(config)}")
     print(f"embedding: {config.embed_dim} numbers; has {_abilities(loaded)}")
     vae, licence = config.vae, config.vae.licence or "not stated"
     if config.input == "latents":
@@ -67,6 +67,17 @@ def info(
     figures = {"model": model, "size": size, "parameters": parameters, "flops": flops, "config": to_dict(config)}
     common.write_json(output.json, figures, output.overwrite)
     return 0
+
+
+def _positions(config: ModelConfig) -> str:
+    side = config.image_size // config.downsampling
+    if config.external is not None:
+        return f"the encoder's own, for {side} x {side} tokens alone"
+    if config.stored_positions:
+        return f"a stored table for {side} x {side} tokens, interpolated at other sizes"
+    if config.positions == "scaled":
+        return f"computed; at other sizes spread over what {side} x {side} tokens cover"
+    return "computed from row and column, at any size"
 
 
 def _abilities(model: "OpenVision3") -> str:
@@ -79,48 +90,6 @@ def _abilities(model: "OpenVision3") -> str:
     return ", ".join(["tokens", *(name for name, part in parts.items() if part is not None)])
 
 
-def encode(
-    images: Images,
-    model: Model = ModelOptions(),
-    batching: Batching = BatchOptions(),
-    output: Output = OutputOptions(),
-    out: Path | None = None,
-    suffix: str = ".tokens.safetensors",
-    native_size: Flag = False,
-) -> int:
-    """Writes each picture's tokens (N, D) and pooled embedding (E) as fp32 safetensors, beside it.
-
-    Args:
-        images: pictures, and folders of pictures.
-        out: folder for the outputs, instead of beside each input.
-        suffix: takes the place of each input's extension.
-        native_size: keep each picture's own size and shape (see --max-side), instead of the model's square.
-    """
-    found = find(images, output, suffix, out)
-    loaded = common.load_model(model)
-    batching = batching if native_size else square(loaded, batching)
-    figures: list[dict[str, Any]] = []
-
-    def save(picture: Picture, tokens: "Tensor", embedding: "Tensor", grid: tuple[int, int]) -> None:
-        from safetensors.torch import save_file
-
-        assert picture.output is not None
-        with common.whole_file(picture.output, output.overwrite) as temporary:
-            tensors = {"tokens": tokens.contiguous(), "embedding": embedding.contiguous()}
-            save_file(tensors, temporary, metadata={"grid": f"{grid[0]}x{grid[1]}", "model": model.model})
-        figures.append({"input": str(picture.path), "output": str(picture.output), "grid": grid})
-
-    def work(pictures: list[Picture], pixels: "Tensor") -> list[Callable[[], None]]:
-        grid = token_grid(loaded, pixels)
-        tokens = loaded.encode(pixels)
-        embeddings = loaded.pool(tokens).float().cpu()
-        tokens = tokens.float().cpu()
-        return [partial(save, picture, tokens[i], embeddings[i], grid) for i, picture in enumerate(pictures)]
-
-    outcome = Runner(found, loaded, batching).run(work)
-    return outcome.finish(output, {"model": model.model, "pictures": figures})
-
-
 def reconstruct(
     images: Images,
     model: Model = ModelOptions(),
@@ -131,15 +100,16 @@ def reconstruct(
 ) -> int:
     """Encodes each picture to tokens, decodes them, and writes the picture beside its input.
 
-    A picture keeps its size (cropped to multiples of 16 pixels, reduced to --max-side) unless --size is given. The PSNR
-    printed compares 8-bit pictures after this preparation.
+    A picture keeps its size (reduced to --max-side) unless --size is given: it is padded to whole tokens by reflection,
+    and cropped back. The PSNR printed compares 8-bit pictures of the size written.
 
     Args:
         images: pictures, and folders of pictures (their earlier outputs are left out).
         out: folder for the outputs, instead of beside each input.
         suffix: takes the place of each input's extension; its own extension is the format.
     """
-    _check_picture_suffix(suffix)
+    if not is_picture_name(suffix):
+        raise OpenVisionError(f"--suffix {suffix!r} must end in a picture's extension, such as .png, .jpg or .webp")
     found = find(images, output, suffix, out)
     loaded = common.load_model(model)
     from openvision3.data.transforms import to_pil
@@ -157,8 +127,13 @@ def reconstruct(
 
     def work(pictures: list[Picture], pixels: "Tensor") -> list[Callable[[], None]]:
         decoded = loaded.decode(loaded.encode(pixels), grid=token_grid(loaded, pixels)).float().cpu()
-        scores = psnr(to_uint8(pixels.cpu()), to_uint8(decoded)).tolist()
-        return [partial(save, picture, decoded[i], scores[i]) for i, picture in enumerate(pictures)]
+        before, after = to_uint8(pixels.cpu()), to_uint8(decoded)
+        writers = []
+        for i, picture in enumerate(pictures):
+            height, width = picture.size
+            score = float(psnr(before[i : i + 1, :, :height, :width], after[i : i + 1, :, :height, :width]))
+            writers.append(partial(save, picture, decoded[i, :, :height, :width], score))
+        return writers
 
     outcome = Runner(found, loaded, batching).run(work)
     mean = sum(figure["psnr"] for figure in figures) / len(figures) if figures else None
@@ -276,14 +251,6 @@ def prompts_for(label: str, templates: Sequence[str] = ()) -> list[str]:
     from openvision3.evaluation.zeroshot import demo_prompts
 
     return demo_prompts(label) if label in scene_names() else [f"a photo of a {label}"]
-
-
-def _check_picture_suffix(suffix: str) -> None:
-    from PIL import Image
-
-    kinds = Image.registered_extensions()
-    if kinds.get(Path("x" + suffix).suffix.lower()) not in Image.SAVE:
-        raise OpenVisionError(f"--suffix {suffix!r} must end in a picture's extension, such as .png, .jpg or .webp")
 
 
 def token_grid(model: "OpenVision3", pixels: "Tensor") -> tuple[int, int]:

@@ -1,17 +1,20 @@
 """Pictures from files and folders to batches: found, loaded by a thread ahead of the model, grouped by size."""
 
 import contextlib
+import functools
+import os
 import queue
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openvision3.config import OpenVisionError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
 REFERENCE_SIDE = 256  # pixels; `batch_size` pictures of this size make a batch, larger ones make smaller batches
@@ -23,6 +26,8 @@ class Picture:
 
     path: Path
     output: Path | None = None
+    key: str = ""  # its path inside the folder that was given, with slashes; of a file that was given, the name
+    size: tuple[int, int] = (0, 0)  # height and width in its tensor, before padding; known once it is read
 
 
 @dataclass
@@ -34,6 +39,11 @@ class Found:
     failed: int = 0  # pictures that those lines are about
     earlier_outputs: int = 0  # of the same command, in folders: not inputs
     other_files: int = 0  # in folders: not pictures, by their names
+
+    def fail(self, line: str) -> None:
+        """Records one failure."""
+        self.failures.append(line)
+        self.failed += 1
 
 
 def find_pictures(inputs: Sequence[Path], suffix: str = "", out: Path | None = None) -> Found:
@@ -55,17 +65,17 @@ def find_pictures(inputs: Sequence[Path], suffix: str = "", out: Path | None = N
     entries: dict[Path, Path] = {}  # file -> its path under `out`
     for given in inputs:
         if given.is_dir():
-            for path in sorted(p for p in given.rglob("*") if p.is_file() and not _hidden(p.relative_to(given))):
-                if suffix and not bare and path.name.endswith(suffix):
+            for inside, _ in walk(given, lambda _, line: found.fail(line)):
+                if suffix and not bare and inside.endswith(suffix):
                     found.earlier_outputs += 1
-                elif path.suffix.lower() not in _extensions():
+                elif not has_picture_extension(inside):
                     found.other_files += 1
                 else:
-                    entries.setdefault(path, path.relative_to(given))
+                    entries.setdefault(given / inside, Path(inside))
         else:
             entries.setdefault(given, Path(given.name))
     if not suffix:
-        found.pictures = [Picture(path) for path in entries]
+        found.pictures = [Picture(path, key=inside.as_posix()) for path, inside in entries.items()]
         return found
     places = {path: (out / inside if out else path) for path, inside in entries.items()}
     stems = Counter(place.with_suffix("") for place in places.values())
@@ -75,47 +85,76 @@ def find_pictures(inputs: Sequence[Path], suffix: str = "", out: Path | None = N
         output = place.with_name(name + suffix)
         if output in taken or output in places:
             owner = f"the output of {taken[output]}" if output in taken else "one of the inputs"
-            found.failures.append(f"{path}: {output} is already {owner}")
-            found.failed += 1
+            found.fail(f"{path}: {output} is already {owner}")
         else:
             taken[output] = path
-            found.pictures.append(Picture(path, output))
+            found.pictures.append(Picture(path, output, entries[path].as_posix()))
     return found
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def walk(folder: Path, on_failure: Callable[[str, str], None]) -> list[tuple[str, os.DirEntry[str]]]:
+    """All files below a folder, sorted: (path inside it, with slashes; entry). Nothing hidden, no linked folders.
 
-
-def _extensions() -> set[str]:
-    from PIL import Image
-
-    return {extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-
-
-def prepare(path: Path, size: int | None, max_side: int) -> "Tensor":
-    """Loads one picture as (3, H, W) in [-1, 1], H and W multiples of 16.
-
-    With `size` it is resized and cropped to that square; without, it keeps its size (cropped to multiples of 16), but
-    a longest side above `max_side` is first reduced to that. Raises `OpenVisionError` that names the file.
+    What can't be read goes to `on_failure(path inside, line)`: of a folder the path ends in a slash, of `folder` itself
+    it is empty.
     """
+    found: list[tuple[str, os.DirEntry[str]]] = []
+    waiting = [("", os.fspath(folder))]
+    while waiting:
+        inside, path = waiting.pop()
+        try:
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    try:
+                        if entry.is_dir(follow_symlinks=False):
+                            waiting.append((f"{inside}{entry.name}/", entry.path))
+                        elif entry.is_file():
+                            found.append((inside + entry.name, entry))
+                    except OSError as error:  # such as a link to itself
+                        on_failure(inside + entry.name, f"{entry.path}: can't be read ({error.strerror or error})")
+        except OSError as error:
+            on_failure(inside, f"{path}: the folder can't be read ({error.strerror or error})")
+    return sorted(found, key=lambda pair: pair[0].split("/"))
+
+
+def has_picture_extension(name: str) -> bool:
+    """Whether a file is taken for a picture where it was not named, but lies in a folder."""
+    return os.path.splitext(name)[1].lower() in _extensions()
+
+
+@functools.cache
+def _extensions() -> frozenset[str]:
     from PIL import Image
 
-    from openvision3.data.transforms import load_image, preprocess
+    return frozenset(extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 
-    image = load_image(path)
-    if size is None:
-        if max(image.size) > max_side:
-            image.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
-        # preprocess scales a short side up to 16, and the long one with it
-        if max(image.size) * 16 > max_side * min(image.size):
-            raise OpenVisionError(f"{path}: too narrow to keep its shape within {max_side} pixels; give a --size")
-    return preprocess(image, size)
+
+def is_picture_name(name: str) -> bool:
+    """Whether a file name's extension is that of a picture that can be written, such as .png, .jpg or .webp."""
+    from PIL import Image
+
+    return Image.registered_extensions().get(Path("x" + name).suffix.lower()) in Image.SAVE
+
+
+def prepare(
+    path: Path, size: int | None, max_side: int, multiple: int = 16, read: "Callable[[Path], Image] | None" = None
+) -> "tuple[Tensor, tuple[int, int]]":
+    """Loads one picture: (3, H, W) in [-1, 1] as `preprocess` gives it, and the height and width that are not padding.
+
+    `read` takes the place of `load_image`. Raises `OpenVisionError` that names the file.
+    """
+    from openvision3.data.transforms import kept_size, load_image, preprocess
+
+    image = (read or load_image)(path)
+    width, height = (size, size) if size else kept_size(image.size, max_side)
+    return preprocess(image, size, max_side, multiple), (height, width)
 
 
 def batches(
     pictures: Sequence[Picture],
-    prepare_one: "Callable[[Path], Tensor]",
+    prepare_one: "Callable[[Path], tuple[Tensor, tuple[int, int]]]",
     batch_size: int,
     on_failure: Callable[[Picture, str], None],
 ) -> "Iterator[tuple[list[Picture], Tensor]]":
@@ -167,7 +206,7 @@ def batches(
 
 def _grouped(
     pictures: Sequence[Picture],
-    prepare_one: "Callable[[Path], Tensor]",
+    prepare_one: "Callable[[Path], tuple[Tensor, tuple[int, int]]]",
     batch_size: int,
     on_failure: Callable[[Picture, str], None],
 ) -> "Iterator[list[tuple[Picture, Tensor]]]":
@@ -177,7 +216,7 @@ def _grouped(
     waiting_area = 0
     for picture in pictures:
         try:
-            image = prepare_one(picture.path)
+            image, size = prepare_one(picture.path)
         except OpenVisionError as error:
             on_failure(picture, str(error))
             continue
@@ -185,7 +224,7 @@ def _grouped(
             on_failure(picture, f"{picture.path}: {type(error).__name__}: {error}")
             continue
         shape, pixels = tuple(image.shape), image.shape[1] * image.shape[2]
-        waiting[shape].append((picture, image))
+        waiting[shape].append((replace(picture, size=size), image))
         waiting_area += pixels
         if len(waiting[shape]) >= min(batch_size, max(1, area // pixels)):
             due = shape

@@ -26,7 +26,8 @@ class Run(Generic[Config]):
 
     config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
     device: str = "auto"  # auto: cuda, then mps, then cpu
-    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # print the resolved recipe and stop
+    # print the resolved recipe and stop; nothing is fetched but a hub id's --init
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
 def train(args: list[str]) -> int:
@@ -40,7 +41,13 @@ def train(args: list[str]) -> int:
         near = difflib.get_close_matches(args[0], RECIPES, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(RECIPES)}"
         raise OpenVisionError(f"there is no recipe {args[0]!r}; {hint}")
-    run = resolve(RECIPES[args[0]](), args[1:], f"ov3 train {args[0]}")
+    recipe, prog = RECIPES[args[0]](), f"ov3 train {args[0]}"
+    run = resolve(recipe, args[1:], prog)
+    if isinstance(run.config, TrainConfig) and isinstance(recipe, TrainConfig) and run.config.attach:
+        from openvision3.training.attach import SETTLES, attached
+
+        chosen = {name: getattr(run.config, name) for name in SETTLES}
+        run = resolve(attached(dataclasses.replace(recipe, **chosen)), args[1:], prog)  # the other fields go on top
     return run_train(run.config, run.device, run.dry_run)
 
 

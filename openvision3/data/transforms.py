@@ -1,4 +1,4 @@
-"""Pictures in and out: reading any file as RGB, resizing and cropping, and the way back from tensors."""
+"""Pictures in and out: reading any file as RGB, resizing, padding, cropping, and the way back from tensors."""
 
 import warnings
 from pathlib import Path
@@ -13,6 +13,7 @@ from openvision3.config import OpenVisionError
 
 MAX_PIXELS = 178_956_970  # 512 MiB as RGB; larger pictures are taken for decompression bombs
 MULTIPLE = 16  # pixels per token, each side
+MAX_SIDE = 1024  # pixels; longer pictures are reduced to it where they keep their shape
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -97,24 +98,48 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
     return np.round(values * scale).clip(0, 255).astype(np.uint8)
 
 
-def preprocess(image: Image.Image, size: int | None) -> Tensor:
+def preprocess(
+    image: Image.Image, size: int | None = None, max_side: int = MAX_SIDE, multiple: int = MULTIPLE
+) -> Tensor:
     """An RGB picture as a float32 tensor (3, H, W) in [-1, 1].
 
     With `size`, the short side is resized to it (bicubic, antialiased) and the centre cropped to (size, size). Without,
-    the picture keeps its pixels, centrally cropped to multiples of 16; one with a side below 16 is scaled up first.
-    Raises `OpenVisionError` for a picture so narrow that scaling it up would pass `MAX_PIXELS`.
+    the picture keeps its size, but a longest side above `max_side` is reduced to that. It is then padded to multiples
+    of `multiple` (a model's pixels per token) by reflection at the right and the bottom; `crop_back` undoes that.
+    Raises `ValueError` for a size, side or multiple below 1.
     """
+    if min(1 if size is None else size, max_side, multiple) < 1:
+        raise ValueError(f"size {size}, max_side {max_side} and multiple {multiple} must be at least 1 pixel")
     if size is not None:
-        if size < 1:
-            raise ValueError(f"size is {size}, but must be at least 1 pixel")
         return to_tensor(_resize_and_crop(image, size))
-    short = min(image.size)
-    if short < MULTIPLE:
-        width, height = (max(MULTIPLE, round(side * MULTIPLE / short)) for side in image.size)
-        if width * height > MAX_PIXELS:
-            raise OpenVisionError(f"a picture of {image.width} x {image.height} pixels is too narrow to scale up to 16")
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return to_tensor(_centre_crop(image, image.width // MULTIPLE * MULTIPLE, image.height // MULTIPLE * MULTIPLE))
+    kept = kept_size(image.size, max_side)
+    pixels = np.asarray(image if kept == image.size else image.resize(kept, Image.Resampling.BICUBIC))
+    columns, rows = (_reflected(length, -(-length // multiple) * multiple) for length in kept)
+    return to_tensor(pixels[rows][:, columns])
+
+
+def kept_size(size: tuple[int, int], max_side: int = MAX_SIDE) -> tuple[int, int]:
+    """The (width, height) that `preprocess` without a size keeps of a picture's, before it pads."""
+    longest = max(size)
+    if longest <= max_side:
+        return size
+    width, height = (max(1, round(side * max_side / longest)) for side in size)
+    return width, height
+
+
+def crop_back(images: Tensor, size: tuple[int, int], max_side: int = MAX_SIDE) -> Tensor:
+    """Takes what `preprocess` padded off images (..., H, W), such as `model.decode` returns.
+
+    `size` is the picture's own (width, height), as Pillow's `image.size`; `max_side` the one given to `preprocess`.
+    """
+    width, height = kept_size(size, max_side)
+    return images[..., :height, :width]
+
+
+def _reflected(length: int, padded: int) -> np.ndarray:
+    """Indices 0 ... length - 1 and on, turning at both ends without repeating them, to `padded` of them."""
+    positions = np.arange(padded) % max(1, 2 * length - 2)
+    return np.where(positions < length, positions, 2 * length - 2 - positions)
 
 
 def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:

@@ -122,7 +122,7 @@ class CaptionMeter:
         if model.config.text_decoder is None:
             raise OpenVisionError(
                 f"{model.config.name} has no caption decoder (part 'text_decoder'), which captioning needs; "
-                "models trained by `ov3 train` have one"
+                "`ov3 train attach_text --init MODEL` gives it one"
             )
         self.model = model
         self.num_beams = num_beams

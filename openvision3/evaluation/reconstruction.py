@@ -67,7 +67,7 @@ class ReconstructionMeter:
         if model.config.decoder is None:
             raise OpenVisionError(
                 f"{model.config.name} has no latent decoder (part 'decoder'), so it can't reconstruct pictures; "
-                "models trained by `ov3 train` have one"
+                "`ov3 train attach_decoder --init MODEL` gives it one"
             )
         self.model = model
         self.perceptual = perceptual

@@ -52,7 +52,7 @@ def require_text_encoder(model: Any, purpose: str) -> None:
     if model.config.text_encoder is None:
         raise OpenVisionError(
             f"{model.config.name} has no text encoder (part 'text_encoder'), which {purpose} needs; "
-            "models trained by `ov3 train` have one"
+            "`ov3 train attach_text --init MODEL` gives it one"
         )
 
 

@@ -7,6 +7,7 @@ import torch
 
 from openvision3.config import OpenVisionError
 from openvision3.hub.released import download, is_released_folder, load_released
+from openvision3.model.external import ExternalEncoder
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.vae import FrozenVAE
 
@@ -22,13 +23,19 @@ def load(
     """Loads a model in eval mode: "demo", a folder, or a hub id such as "UCSC-VLAA/openvision3-vit-base-patch2-32".
 
     vae "auto": the model's own; None: latents in, tokens out. device "auto": cuda, then mps, then cpu. dtype None:
-    fp32. Raises `OpenVisionError` with one line where the model can't be had or is broken.
+    fp32. A model that reads another library's encoder loads that too. Raises `OpenVisionError` with one line where the
+    model can't be had or is broken.
     """
     device = default_device() if device == "auto" else device
-    folder = _folder(str(name_or_path))
+    folder = model_folder(str(name_or_path))
     if is_released_folder(folder):
         return load_released(folder, vae, device, dtype)
-    return OpenVision3.load(folder, vae, device, dtype)
+    model = OpenVision3.load(folder, vae, device, dtype)
+    if model.config.external is not None and isinstance(model.encoder, ExternalEncoder):
+        from openvision3.hub.encoders import load_external  # which builds on this module
+
+        model.encoder.attach(load_external(model.config.external, device, dtype or torch.float32))
+    return model
 
 
 def default_device() -> torch.device:
@@ -38,7 +45,8 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def _folder(name: str) -> Path:
+def model_folder(name: str) -> Path:
+    """The folder that a name means: itself, the demo's, or a hub id's snapshot."""
     path = Path(name)
     if path.is_dir():
         return path

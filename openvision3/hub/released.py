@@ -15,10 +15,12 @@ names, with or without the prefix `visual.`, and ours (B = `transformer.resblock
 | B mlp.c_fc, mlp.c_proj | B mlp.up, mlp.down | |
 | ln_post | encoder.pool_norm | |
 | proj | encoder.projection.weight | transposed |
+
+`hub/open_clip.py` writes such folders. What the layout cannot say is then under the key `openvision3` of the config
+(which open_clip does not read): "vae", where it is not FLUX.1's as released, and "positions", where they are scaled.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,19 +30,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from openvision3.config import ModelConfig, OpenVisionError, TransformerConfig, VAEConfig
-from openvision3.model.blocks import sincos_positions
-from openvision3.model.openvision3 import INITIAL_LOGIT_SCALE, OpenVision3
+from openvision3.config import ModelConfig, OpenVisionError, TransformerConfig, VAEConfig, from_dict
+from openvision3.model.blocks import check_transformer, sincos_positions
+from openvision3.model.folder import read_json
+from openvision3.model.openvision3 import INITIAL_LOGIT_SCALE, OpenVision3, check_model
 from openvision3.vae import FrozenVAE, load_vae
 from openvision3.vae_diffusers import flux_config
 
-CONFIG = "open_clip_config.json"
+CONFIG, EXTRA = "open_clip_config.json", "openvision3"
 _WEIGHTS = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
-    "model.safetensors",
     "open_clip_pytorch_model.bin",
+    "model.safetensors",  # last: beside one of the others, it is transformers'
 )
+_OTHER_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # of our own folders, and of transformers'
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _POSITION_TOLERANCE = 1e-5  # a table this close to the formula is the formula, computed in other software
 
@@ -91,12 +95,14 @@ def load_released(
     """
     folder = Path(folder)
     config = read_released_config(folder)
-    state = _read_state(folder)
+    state = read_state(folder)
     names = dict(released_names(config.encoder.depth))
     if missing := [name for name in names if name not in state]:
         raise OpenVisionError(f"{folder}: the weights lack {missing[0]}")
     if surplus := sorted(state.keys() - names.keys()):
         raise OpenVisionError(f"{folder}: the weights hold {surplus[0]}, which {CONFIG} does not describe")
+    if strange := [name for name, tensor in state.items() if not tensor.is_floating_point()]:
+        raise OpenVisionError(f"{folder}: {strange[0]} holds {state[strange[0]].dtype}, not floating-point numbers")
 
     ours = {here: state[there].to(dtype=dtype or torch.float32) for there, here in names.items()}
     if ours["encoder.projection.weight"].ndim == 2:
@@ -125,8 +131,10 @@ def load_released(
 def read_released_config(folder: Path) -> ModelConfig:
     """The `ModelConfig` of a released folder's `open_clip_config.json`; raises `OpenVisionError` for other towers."""
     path = folder / CONFIG
+    if not path.is_file():
+        raise OpenVisionError(f"{path} does not exist")
+    data = read_json(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
         model, vision = data["model_cfg"], data["model_cfg"]["vision_cfg"]
         width, depth = int(vision["width"]), int(vision["layers"])
         channels, patch = int(vision.get("in_channels", 3)), int(vision["patch_size"])
@@ -134,9 +142,10 @@ def read_released_config(folder: Path) -> ModelConfig:
         mlp_width = int(width * float(vision.get("mlp_ratio", 4.0)))
         eps = float((vision.get("norm_kwargs") or {}).get("eps", 1e-5))
         embed_dim = int(model["embed_dim"])
-    except FileNotFoundError:
-        raise OpenVisionError(f"{path} does not exist") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        act, extra = vision.get("act_kwargs") or {}, data.get(EXTRA, {})
+        vae = from_dict(VAEConfig, extra["vae"], f"{path}: vae") if "vae" in extra else flux_config("released")
+        positions = "scaled" if extra.get("positions") == "scaled" else "computed"
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise OpenVisionError(f"{path} does not describe a released encoder: {error!r}") from None
     required: dict[str, Any] = {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}
     for name, value in required.items():
@@ -148,25 +157,42 @@ def read_released_config(folder: Path) -> ModelConfig:
         raise OpenVisionError(
             f"{path}: sizes must be positive, and width {width} a multiple of head_width {head_width}"
         )
+    if act not in ({}, {"approximate": "none"}, {"approximate": "tanh"}):
+        raise OpenVisionError(f"{path}: act_kwargs {act!r} is no activation known here")
+    activation = "gelu_tanh" if act == {"approximate": "tanh"} else "gelu"
     pixels = channels == 3
-    vae = VAEConfig() if pixels else flux_config("released")
-    return ModelConfig(
+    config = ModelConfig(
         name=folder.name,
         input="pixels" if pixels else "latents",
         in_channels=channels,
         patch_size=patch,
         image_size=size if pixels else size * vae.factor,  # stated in the units of the tower's input
         embed_dim=embed_dim,
-        encoder=TransformerConfig(width, depth, width // head_width, mlp_width, "gelu", eps),
+        encoder=TransformerConfig(width, depth, width // head_width, mlp_width, activation, eps),
+        positions=positions,
         decoder=None,
         text_encoder=None,
         text_decoder=None,
-        vae=vae,
+        vae=VAEConfig() if pixels else vae,
     )
+    try:  # before anything is made in these sizes
+        check_model(config)
+        check_transformer(config.encoder)
+    except OpenVisionError as error:
+        raise OpenVisionError(f"{path}: {error}") from None
+    return config
+
+
+def weight_patterns(folder: Path) -> tuple[str, ...]:
+    """Patterns of the files that may hold a folder's weights; the first that fits counts."""
+    return _WEIGHTS if is_released_folder(folder) else _OTHER_WEIGHTS
 
 
 def download(repo_id: str) -> Path:
-    """The local snapshot of a hub repository, downloaded where needed; raises `OpenVisionError` without it."""
+    """The local snapshot of a hub repository, downloaded where needed: its JSON and one copy of its weights.
+
+    Raises `OpenVisionError` without it.
+    """
     if not _HUB_ID.fullmatch(repo_id):
         raise OpenVisionError(
             f"{repo_id!r} is neither a folder nor a hub id such as UCSC-VLAA/openvision3-vit-base-patch2-32"
@@ -174,7 +200,12 @@ def download(repo_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=["*.json", *_WEIGHTS, "README.md"]))
+        folder = Path(snapshot_download(repo_id, allow_patterns=["*.json", "README.md"]))
+        for pattern in weight_patterns(folder):
+            folder = Path(snapshot_download(repo_id, allow_patterns=["*.json", "README.md", pattern]))
+            if any(folder.glob(pattern)):
+                break
+        return folder
     except Exception as error:  # the hub client raises its own, httpx's and the system's errors
         reason = " ".join(str(error).split())[:200]
         raise OpenVisionError(
@@ -183,7 +214,8 @@ def download(repo_id: str) -> Path:
         ) from None
 
 
-def _read_state(folder: Path) -> dict[str, Tensor]:
+def read_state(folder: Path) -> dict[str, Tensor]:
+    """The vision tower's tensors of a folder in open_clip's format, without the prefix `visual.`."""
     path = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise OpenVisionError(f"{folder} has no weights; expected one of {', '.join(_WEIGHTS)}")
@@ -191,10 +223,22 @@ def _read_state(folder: Path) -> dict[str, Tensor]:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can make its reader raise almost anything
         raise OpenVisionError(f"{path} can't be read: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise OpenVisionError(f"{path} is not a table of tensors")
+    check_tensors(path, state)
     tower = {name.removeprefix("visual."): tensor for name, tensor in state.items() if name.startswith("visual.")}
     return tower or state
+
+
+def check_tensors(path: Path, state: Any) -> None:
+    """Raises `OpenVisionError` where what a pickle gave is no table of tensors whose numbers are all in the file.
+
+    A small pickle can call one number a tensor of any size: a copy of that would ask for all the memory.
+    """
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise OpenVisionError(f"{path} is refused: it is not a plain table of tensors")
+    for name, tensor in state.items():
+        dense = tensor.layout == torch.strided and not tensor.is_meta
+        if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise OpenVisionError(f"{path} is refused: the file does not hold all the numbers of {name}")
 
 
 def _is_formula(table: Tensor, config: ModelConfig) -> bool:

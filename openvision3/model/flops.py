@@ -1,9 +1,10 @@
 """Floating-point operations of a forward pass by part: two for each multiply-add of matrices and convolutions."""
 
 import copy
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from openvision3.config import ModelConfig, TransformerConfig
@@ -69,8 +70,17 @@ def vae_flops(vae: FrozenVAE, resolution: int) -> dict[str, float]:
     shell: nn.Module = copy.deepcopy(vae).to("meta")
     assert isinstance(shell, FrozenVAE)
     side, channels = resolution // vae.config.factor, vae.config.channels
-    with torch.no_grad(), FlopCounterMode(display=False) as encoder:
-        shell.encode(torch.empty(1, 3, resolution, resolution, device="meta"))
-    with torch.no_grad(), FlopCounterMode(display=False) as decoder:
-        shell.decode(torch.empty(1, channels, side, side, device="meta"))
-    return {"vae_encoder": float(encoder.get_total_flops()), "vae_decoder": float(decoder.get_total_flops())}
+    return {
+        "vae_encoder": counted_flops(shell.encode, (3, resolution, resolution)),
+        "vae_decoder": counted_flops(shell.decode, (channels, side, side)),
+    }
+
+
+def counted_flops(function: Callable[[Tensor], object], shape: tuple[int, ...]) -> float:
+    """FLOPs of a function of modules on the meta device, for one input of that shape, counted by PyTorch.
+
+    The modules' parameters must need no gradients: PyTorch's counter fails on some of them otherwise.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        function(torch.empty(1, *shape, device="meta"))
+    return float(counter.get_total_flops())

@@ -106,13 +106,8 @@ def read_description(folder: Path) -> tuple[ModelConfig, TinyVAEConfig | None]:
         raise OpenVisionError(f"{folder} is not a folder")
     if not path.is_file():
         raise OpenVisionError(f"{folder} has no {CONFIG}: it is not a model folder")
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise OpenVisionError(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes: it is not a model's config")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise OpenVisionError(f"{path} is not valid JSON: {error}") from None
-    version = data.get("format_version") if isinstance(data, dict) else None
+    data = read_json(path)
+    version = data.get("format_version")
     if not isinstance(version, int):
         raise OpenVisionError(f"{path} has no format_version: it is not an OpenVision 3 model's config")
     if version != FORMAT_VERSION:
@@ -122,6 +117,19 @@ def read_description(folder: Path) -> tuple[ModelConfig, TinyVAEConfig | None]:
     config = from_dict(ModelConfig, data.get("model"), f"{path}: model")
     architecture = data.get("vae")
     return config, None if architecture is None else from_dict(TinyVAEConfig, architecture, f"{path}: vae")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A table of fields from a model's JSON file; raises `OpenVisionError` for anything else, and for a huge file."""
+    try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise OpenVisionError(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes: it is not a model's config")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise OpenVisionError(f"{path} is not valid JSON: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(data, dict):
+        raise OpenVisionError(f"{path} holds {type(data).__name__}, expected a table of fields")
+    return data
 
 
 def read_tensors(
@@ -169,8 +177,16 @@ def _check_free(folder: Path, overwrite: bool) -> None:
     names = {path.name for path in folder.iterdir() if path.suffix != ".tmp"} if folder.is_dir() else {""}
     if names and not overwrite:
         raise OpenVisionError(f"{folder} exists already; choose another folder or pass overwrite")
-    if names and WEIGHTS not in names and not names <= {CONFIG, TOKENIZER, CARD}:
+    if names and not _is_model(folder) and not names <= {WEIGHTS, TOKENIZER, CARD}:
         raise OpenVisionError(f"{folder} holds something that is no model; choose another folder")
+
+
+def _is_model(folder: Path) -> bool:
+    try:
+        read_description(folder)
+    except (OpenVisionError, OSError):
+        return False
+    return True
 
 
 def _check_shapes(path: Path, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:

@@ -12,6 +12,7 @@ from openvision3.config import ModelConfig, OpenVisionError
 from openvision3.model.blocks import Transformer
 from openvision3.model.decoder import LatentDecoder
 from openvision3.model.encoder import VisionEncoder, square_grid
+from openvision3.model.external import ExternalEncoder
 from openvision3.model.flops import forward_flops
 from openvision3.model.generate import beam_search, greedy_search
 from openvision3.model.text import CaptionDecoder, TextEncoder
@@ -43,7 +44,7 @@ class OpenVision3(nn.Module):
         super().__init__()
         check_model(config)
         self.config = config
-        self.encoder = VisionEncoder(config)
+        self.encoder = VisionEncoder(config) if config.external is None else ExternalEncoder(config)
         self.decoder = LatentDecoder(config, config.decoder) if config.decoder else None
         self.text_encoder = (
             TextEncoder(config.text_encoder, config.embed_dim, config.attention) if config.text_encoder else None
@@ -99,13 +100,13 @@ class OpenVision3(nn.Module):
             raise ValueError(
                 f"expected images (B, 3, H, W) with H and W multiples of {step}, got {tuple(images.shape)}"
             )
-        if self.config.input == "pixels":
+        if self.config.input == "pixels" or self.config.external is not None:
             return self.encoder(images)
         return self.encode_latents(self._need_vae().encode(images))
 
     def encode_latents(self, latents: Tensor) -> Tensor:
         """Scaled VAE latents (B, C, h, w) -> unified tokens (B, h/2 * w/2, D); skips the VAE."""
-        if self.config.input == "pixels":
+        if self.config.input == "pixels" or self.config.external is not None:
             raise OpenVisionError(f"model {self.config.name!r} reads pixels, not latents: call encode(images)")
         return self.encoder(latents)
 
@@ -209,6 +210,8 @@ class OpenVision3(nn.Module):
             "vae": self.vae,
         }
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
+        if isinstance(self.encoder, ExternalEncoder):
+            counts["encoder"] += self.encoder.tower_parameters()
         return counts | {"temperature": self.logit_scale.numel()}
 
     def flops(self, resolution: int) -> dict[str, float]:
@@ -246,8 +249,9 @@ class OpenVision3(nn.Module):
 
     def _need(self, part: Part | None, name: str) -> Part:
         if part is None:
+            recipe = "attach_decoder" if name == "decoder" else "attach_text"
             raise OpenVisionError(
-                f"model {self.config.name!r} has no {name}; models trained by `ov3 train`, such as 'demo', have one"
+                f"model {self.config.name!r} has no {name}; `ov3 train {recipe} --init MODEL` gives it one"
             )
         return part
 
@@ -268,7 +272,10 @@ class OpenVision3(nn.Module):
 def check_model(config: ModelConfig) -> None:
     """Raises `OpenVisionError` where a config does not describe a model; the towers check their own sizes."""
     ranges = {"patch_size": (1, 1024), "in_channels": (1, 4096), "embed_dim": (1, 65536), "image_size": (1, 65536)}
+    _check_ranges(config.vae, {"factor": (1, 1024), "channels": (1, 4096)})
     _check_ranges(config, ranges)
+    if not 0 < abs(config.vae.latent_scale) < math.inf:
+        raise OpenVisionError(f"model config: latent_scale must be finite and not 0, got {config.vae.latent_scale:g}")
     for part in (config.text_encoder, config.text_decoder):
         if part is not None:
             _check_ranges(part, {"vocab_size": (1, 10_000_000), "context_length": (2, 65536)})

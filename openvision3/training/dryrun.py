@@ -1,16 +1,19 @@
 """What a recipe would do, without doing it: sizes, FLOPs, memory, steps, peak rates, and what is missing."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
 
 from openvision3 import assets
-from openvision3.config import OpenVisionError, TrainConfig, VAETrainConfig, to_dict
+from openvision3.config import ModelPart, OpenVisionError, TrainConfig, VAETrainConfig, to_dict
 from openvision3.data.store import expand
+from openvision3.hub.encoders import load_external
+from openvision3.model.external import ExternalEncoder
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.training.checkpoint import checkpoint_step, checkpoints
+from openvision3.training.frozen import LOSSES, part_of, trained_losses
 from openvision3.training.memory import STATE_BYTES, activation_bytes
 from openvision3.training.precision import Precision, resolve_device
 from openvision3.training.setup import BERT_VOCABULARY, run_folder
@@ -19,8 +22,9 @@ from openvision3.vae import TINY_FOLDER, FrozenVAE, load_vae
 
 
 def dry_run(config: TrainConfig | VAETrainConfig, device: str = "auto") -> str:
-    """The text that `ov3 train RECIPE --dry-run` prints. Nothing is written, fetched or trained.
+    """The text that `ov3 train RECIPE --dry-run` prints. Nothing is written or trained.
 
+    Nothing is fetched but the encoder that `config.init` names, where that is a hub id: it settles the sizes.
     Raises `OpenVisionError` for a recipe that can't run whatever is there.
     """
     place = resolve_device(device)
@@ -32,9 +36,11 @@ def dry_run(config: TrainConfig | VAETrainConfig, device: str = "auto") -> str:
     vae = _vae_on_disk(config)
     with torch.device("meta"):
         model = OpenVision3(config.model)
+    if config.model.external is not None and isinstance(model.encoder, ExternalEncoder):
+        model.encoder.attach(load_external(config.model.external, "cpu", torch.float32))
     stages = plan(config)
     lines += [f"recipe {config.recipe}, in {run_folder(config)}, on {place}", ""]
-    lines += _part_lines(model, vae, stages)
+    lines += _part_lines(config, model, vae, stages)
     for stage in stages:
         lines += ["", *_stage_lines(config, stage, model, vae, place)]
     saved = checkpoints(run_folder(config) / "checkpoints")
@@ -53,7 +59,7 @@ def missing_parts(config: TrainConfig) -> Iterator[str]:
             expand(source)
         except OpenVisionError as error:
             yield f"data: {error}"
-    if config.init and not (Path(config.init) / "config.json").is_file():
+    if config.init and not config.attach and not (Path(config.init) / "config.json").is_file():
         yield f"init: {config.init} is not a model folder"
     if config.model.input == "latents":
         yield from _missing_vae(config)
@@ -97,7 +103,7 @@ def _vae_on_disk(config: TrainConfig) -> FrozenVAE | None:
         return None
 
 
-def _part_lines(model: OpenVision3, vae: FrozenVAE | None, stages: list[Stage]) -> list[str]:
+def _part_lines(config: TrainConfig, model: OpenVision3, vae: FrozenVAE | None, stages: list[Stage]) -> list[str]:
     """A table: part, parameters, forward GFLOPs of a sample at each stage's resolution."""
     if vae is not None:
         model.attach_vae(vae)
@@ -108,8 +114,13 @@ def _part_lines(model: OpenVision3, vae: FrozenVAE | None, stages: list[Stage]) 
         count = f"{parameters[name]:,}" if name in parameters else ""
         cells = (f"{found[name] / 1e9:,.2f}" if name in found else "" for found in flops)
         lines.append(f"{name:<14}{count:>14}" + "".join(f"{cell:>20}" for cell in cells))
-    trained = sum(count for name, count in parameters.items() if name != "vae")
-    return [*lines, f"{'trained':<14}{trained:>14,}"]
+    return [*lines, f"{'trained':<14}{trained_parameters(config, model):>14,}"]
+
+
+def trained_parameters(config: TrainConfig, model: OpenVision3) -> int:
+    """Number of the parameters that the run changes."""
+    named = ((part_of(name), parameter.numel()) for name, parameter in model.named_parameters())
+    return sum(count for part, count in named if part is not None and part not in config.frozen)
 
 
 def _at(stage: Stage) -> str:
@@ -122,10 +133,13 @@ def _stage_lines(
     settings = stage.config
     samples = stage.steps * settings.batch_size
     micro = min(config.micro_batch or settings.batch_size, settings.batch_size)
-    work = training_flops(config, model.flops(settings.resolution), two_passes=micro < settings.batch_size)
+    forward = model.flops(settings.resolution)
+    work = training_flops(config, forward, micro < settings.batch_size, trained_losses(config.model, config.frozen))
     precision: Precision = "fp32" if config.precision == "fp32" else "bf16"
     kept = activation_bytes(config, settings.resolution, device, precision, vae)
-    weights = sum(count for name, count in model.num_parameters().items() if name != "vae") * STATE_BYTES
+    trained = trained_parameters(config, model)
+    others = sum(count for name, count in model.num_parameters().items() if name != "vae") - trained
+    weights = trained * STATE_BYTES + others * 4  # frozen ones in fp32
     sample = sum(kept.values())
     by_part = ", ".join(f"{name} {_bytes(count)}" for name, count in kept.items())
     without = "" if vae is not None or config.model.input == "pixels" else ", without the VAE, which is not here"
@@ -141,20 +155,27 @@ def _stage_lines(
     ]
 
 
-def training_flops(config: TrainConfig, forward: dict[str, float], two_passes: bool) -> float:
+def training_flops(
+    config: TrainConfig, forward: dict[str, float], two_passes: bool, trained: Collection[str] = LOSSES
+) -> float:
     """FLOPs of one training sample from those of the forward passes; LPIPS, norms and activations are not counted.
 
-    A backward pass costs twice its forward; through the frozen VAE decoder, whose weights take no gradient, once.
+    A backward pass costs twice its forward; through the frozen VAE decoder, whose weights take no gradient, once, as
+    through another frozen part. `trained`: the losses that the run has.
     """
-    repeats = 3.0 + config.checkpoint_blocks  # forward, backward, and the blocks again
     first_pass = float(two_passes)  # the features for the contrastive loss
+    encoder_trained = "encoder" not in config.frozen
+
+    def passes(part: ModelPart) -> float:  # forward, backward, and the blocks again
+        return 1 + config.checkpoint_blocks + (1 if part in config.frozen else 2)
+
     weights = {
-        "encoder": repeats + first_pass,
-        "decoder": repeats,
-        "text_encoder": 2 * (repeats + first_pass),  # two texts an image
-        "text_decoder": repeats,
+        "encoder": (passes("encoder") if encoder_trained else 1.0) + first_pass,
+        "decoder": passes("decoder") * ("reconstruction" in trained),
+        "text_encoder": 2 * (passes("text_encoder") + first_pass) * ("contrastive" in trained),  # two texts an image
+        "text_decoder": passes("text_decoder") * ("caption" in trained),
         "vae_encoder": 1.0,
-        "vae_decoder": 2.0 / config.loss.pixel_stride,
+        "vae_decoder": 2.0 / config.loss.pixel_stride * ("reconstruction" in trained),
     }
     return sum(weights[name] * flops for name, flops in forward.items())
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.optim import Optimizer
 
-from openvision3.config import TrainConfig
+from openvision3.config import OpenVisionError, TrainConfig
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.training.checkpoint import (
     checkpoint_step,
@@ -16,13 +16,13 @@ from openvision3.training.checkpoint import (
     save_checkpoint,
     write_folder,
 )
+from openvision3.training.frozen import fingerprint, set_training, unsaved
 from openvision3.training.monitor import Monitor
 from openvision3.training.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from openvision3.training.pictures import picture_columns
 from openvision3.training.precision import Precision, resolve_device
 from openvision3.training.run_folder import RunInterrupted, StopRequest, open_run
 from openvision3.training.setup import (
-    FROZEN,
     build_model,
     build_objective,
     open_stream,
@@ -51,6 +51,8 @@ class Run:
     resume: Path | None  # checkpoint that this process goes on from
     step: int  # optimizer steps done
     bad_samples: int  # unusable ones met so far
+    unsaved: tuple[str, ...]  # names of the tensors that checkpoints leave out
+    frozen_sha256: str  # of the frozen parts, which come from `config.init`, and the VAE; empty: there are none
 
 
 def train(config: TrainConfig, device: str = "auto", evaluate: Evaluate | None = None) -> Path:
@@ -68,7 +70,13 @@ def train(config: TrainConfig, device: str = "auto", evaluate: Evaluate | None =
             print(f"{folder} is complete: its weights are in {folder / 'model'}")
             return folder
         model = build_model(config, resolve_device(device), random=resume is None)
-        state = load_checkpoint(resume, {"model": model}, ignore=FROZEN) if resume else {}
+        left_out = unsaved(model, config.frozen)
+        state = load_checkpoint(resume, {"model": model}, ignore=left_out) if resume else {}
+        frozen_sha256 = fingerprint(model, config.frozen)
+        if state.get("frozen_sha256", frozen_sha256) != frozen_sha256:
+            raise OpenVisionError(
+                f"{config.init} or the VAE has other weights than when {folder} began; it can't be resumed"
+            )
         precision = settle_precision(config, folder, model, stages[0])
         step, seen = (checkpoint_step(resume), state["samples_seen"]) if resume else (0, 0)
         total = stages[-1].last_sample
@@ -76,7 +84,8 @@ def train(config: TrainConfig, device: str = "auto", evaluate: Evaluate | None =
             if resume:
                 monitor.say(f"resuming {folder} after {seen:,} of {total:,} samples")
             bad_samples = state.get("bad_samples", 0)
-            run = Run(config, folder, model, precision, monitor, stop, evaluate, resume, step, bad_samples)
+            at = (resume, step, bad_samples, left_out, frozen_sha256)
+            run = Run(config, folder, model, precision, monitor, stop, evaluate, *at)
             for stage in stages:
                 if run.step < stage.last_step:
                     train_stage(run, stage)
@@ -89,7 +98,7 @@ def train_stage(run: Run, stage: Stage) -> None:
     config, model, monitor = run.config, run.model, run.monitor
     optimizer = build_optimizer(model, config.optimizer)  # fresh in each stage
     if run.resume and run.step > stage.first_step:
-        load_checkpoint(run.resume, {"model": model}, optimizer, ignore=FROZEN)
+        load_checkpoint(run.resume, {"model": model}, optimizer, ignore=run.unsaved)
     objective = build_objective(config, stage, model, run.precision)
     watch = FiniteWatch(run.folder)
     stream = open_stream(config, stage, run.step, model.tokenizer)
@@ -152,7 +161,7 @@ def evaluate_now(run: Run, stage: Stage, samples_seen: int) -> None:
         run.monitor.save_pictures(f"step_{run.step}", picture_columns(run.model, pixels))
         if run.evaluate is not None:
             run.monitor.record("eval", run.step, samples_seen, run.evaluate(run.model, run.step))
-        run.model.train()
+        set_training(run.model, run.config.frozen)
 
 
 def save_now(run: Run, optimizer: Optimizer, samples_seen: int) -> None:
@@ -160,6 +169,7 @@ def save_now(run: Run, optimizer: Optimizer, samples_seen: int) -> None:
     with run.monitor.paused():
         run.monitor.flush()
         state = {"samples_seen": samples_seen, "bad_samples": run.bad_samples}
+        state |= {"frozen_sha256": run.frozen_sha256} if run.frozen_sha256 else {}
         save_checkpoint(
             run.folder / "checkpoints",
             run.step,
@@ -167,5 +177,5 @@ def save_now(run: Run, optimizer: Optimizer, samples_seen: int) -> None:
             optimizer,
             state,
             keep=run.config.keep_checkpoints,
-            ignore=FROZEN,
+            ignore=run.unsaved,
         )

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from openvision3.config import TrainConfig
 from openvision3.model.blocks import Block
 from openvision3.model.openvision3 import OpenVision3
+from openvision3.training.frozen import set_training, trained_losses
 from openvision3.training.precision import Precision, autocast
 from openvision3.vae import FrozenVAE
 
@@ -26,6 +27,8 @@ def activation_bytes(
     with torch.device("meta"):
         model = OpenVision3(config.model, copy.deepcopy(vae) if vae is not None else None)
     model.set_checkpointing(config.checkpoint_blocks)
+    set_training(model, config.frozen)
+    trained = trained_losses(config.model, config.frozen)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
         _empty_tensors(model)
         grid = resolution // config.model.downsampling
@@ -33,21 +36,21 @@ def activation_bytes(
         side = grid * config.model.patch_size
 
         def tokens(n: int) -> Tensor:
-            return torch.empty(n, grid * grid, width, requires_grad=True)
+            return torch.empty(n, grid * grid, width, requires_grad="encoder" not in config.frozen)
 
         def ids(n: int, length: int) -> Tensor:
             return torch.zeros(n, length, dtype=torch.long)
 
-        parts: dict[str, Callable[[int], object]] = {
-            "encoder": lambda n: model.pool(model.encoder(torch.empty(n, channels, side, side)))
-        }
-        if model.decoder is not None:
+        parts: dict[str, Callable[[int], object]] = {}
+        if "encoder" not in config.frozen:
+            parts["encoder"] = lambda n: model.pool(model.encoder(torch.empty(n, channels, side, side)))
+        if "reconstruction" in trained:
             parts["decoder"] = lambda n: nn.functional.l1_loss(*_pair(model.decoder, tokens(n), (grid, grid)))
-        if text := config.model.text_encoder:
+        if "contrastive" in trained and (text := config.model.text_encoder):
             parts["text_encoder"] = lambda n: model.embed_text_ids(ids(2 * n, text.context_length))
-        if caption := config.model.text_decoder:
+        if "caption" in trained and (caption := config.model.text_decoder):
             parts["text_decoder"] = lambda n: _caption_loss(model, tokens(n), ids(n, caption.context_length))
-        if model.decoder is not None and model.vae is not None:
+        if "reconstruction" in trained and model.vae is not None:
             decode = model.vae.decode
             parts["vae_decoder"] = lambda n: decode(torch.empty(n, channels, side, side, requires_grad=True))
 

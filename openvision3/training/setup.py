@@ -1,27 +1,30 @@
 """What a run needs before its first step: model, tokenizer, data, objective, precision."""
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from openvision3.config import ModelConfig, OpenVisionError, TrainConfig
+from openvision3.config import ModelConfig, ModelPart, OpenVisionError, TrainConfig
 from openvision3.data.batches import Batch, BatchStream
 from openvision3.data.shards import open_source
 from openvision3.data.tokenizer import CaptionTokenizer, bert_tokenizer, demo_tokenizer
 from openvision3.evaluation.perceptual import load_lpips
+from openvision3.hub.encoders import load_external
+from openvision3.model.external import ExternalEncoder
 from openvision3.model.openvision3 import OpenVision3
+from openvision3.training.attach import BERT_VOCABULARY, load_initial
 from openvision3.training.checkpoint import named_tensors
+from openvision3.training.frozen import VAE, part_of, set_training
 from openvision3.training.precision import Precision, choose_precision
 from openvision3.training.run_folder import record_environment, recorded_environment
 from openvision3.training.stages import Stage
 from openvision3.training.step import Objective
 from openvision3.vae import load_vae
 
-FROZEN = ("model.vae.",)  # comes from its own file, so it is no part of a checkpoint
 TRIAL_SAMPLES = 64  # at most, in the steps that are timed to choose the precision
-BERT_VOCABULARY = 30522
 PICTURES = 8  # shown at each evaluation
 
 
@@ -52,20 +55,62 @@ def build_tokenizer(config: ModelConfig) -> CaptionTokenizer | None:
 def build_model(config: TrainConfig, device: torch.device, random: bool = True) -> OpenVision3:
     """The model on its device, with its frozen VAE and tokenizer.
 
-    Weights are a function of `config.seed`, or come from `config.init`; with `random` off they are yet to be loaded.
+    Weights are a function of `config.seed`, or come from `config.init`; with `random` off, those that the run trains
+    are yet to be loaded.
     """
-    vae = load_vae(config.model.vae) if config.model.input == "latents" else None
+    needed = random or config.attach or config.frozen
+    source = load_initial(config) if config.init and needed else None
+    vae = source.vae if source is not None else None
+    if vae is None and config.model.input == "latents":
+        vae = load_vae(config.model.vae)
     torch.manual_seed(config.seed)
-    model = OpenVision3(config.model, vae, build_tokenizer(config.model))
-    if random and config.init:
-        copy_weights(OpenVision3.load(config.init, vae=None), model, config.init)
+    model = OpenVision3(config.model, vae, choose_tokenizer(config, source))
+    if source is not None:
+        copy_weights(source, model, config.init, config.attach)
+    if config.model.external is not None and isinstance(model.encoder, ExternalEncoder):
+        kept = source.encoder if source is not None else None
+        model.encoder.attach(
+            kept.tower
+            if isinstance(kept, ExternalEncoder)
+            else load_external(config.model.external, "cpu", torch.float32)
+        )
     model.set_checkpointing(config.checkpoint_blocks)
-    return model.to(device).train()
+    model.to(device)
+    set_training(model, config.frozen)
+    return model
 
 
-def copy_weights(source: OpenVision3, target: OpenVision3, name: str) -> None:
-    """Copies `source`'s weights, all but the VAE's; raises `OpenVisionError` for parts or shapes that differ."""
-    stored, wanted = named_tensors({"model": source}, FROZEN), named_tensors({"model": target}, FROZEN)
+def choose_tokenizer(config: TrainConfig, source: OpenVision3 | None) -> CaptionTokenizer | None:
+    """The tokenizer of the model that a text tower is kept from, else the one that fits the towers.
+
+    Raises `OpenVisionError` where there is none.
+    """
+    towers: dict[ModelPart, object] = {
+        "text_encoder": config.model.text_encoder,
+        "text_decoder": config.model.text_decoder,
+    }
+    kept = any(part is not None and name not in config.attach for name, part in towers.items())
+    if config.attach and kept and source is not None:
+        if source.tokenizer is None:
+            raise OpenVisionError(
+                f"init: {config.init} has no tokenizer.json, which the text tower that is kept needs; put it there, "
+                "or make both towers anew: --attach text_encoder text_decoder"
+            )
+        return source.tokenizer
+    return build_tokenizer(config.model)
+
+
+def copy_weights(source: OpenVision3, target: OpenVision3, name: str, attach: Collection[ModelPart] = ()) -> None:
+    """Copies `source`'s weights, all but the VAE's and those of the parts in `attach`.
+
+    Raises `OpenVisionError` for parts or shapes that differ.
+    """
+
+    def tensors(model: OpenVision3) -> dict[str, Tensor]:
+        found = named_tensors({"model": model}, (VAE,))
+        return {key: tensor for key, tensor in found.items() if part_of(key[6:]) not in attach}
+
+    stored, wanted = tensors(source), tensors(target)
     for key in sorted(stored.keys() ^ wanted.keys()):
         verb = "lacks" if key in wanted else "has"
         raise OpenVisionError(f"init: {name} {verb} {key[6:]}, unlike the recipe's model {target.config.name!r}")
@@ -82,7 +127,14 @@ def build_objective(config: TrainConfig, stage: Stage, model: OpenVision3, preci
     weight = stage.config.lpips_weight
     perceptual = load_lpips(config.loss.lpips_net).to(model.device) if weight > 0 else None
     return Objective(
-        model, config.loss, weight, perceptual, seed=config.seed, micro_batch=config.micro_batch, precision=precision
+        model,
+        config.loss,
+        weight,
+        perceptual,
+        seed=config.seed,
+        micro_batch=config.micro_batch,
+        precision=precision,
+        frozen=config.frozen,
     )
 
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from openvision3.config import OpenVisionError, StageConfig, TrainConfig
+from openvision3.training.frozen import trained_losses
 from openvision3.training.optimizer import warmup_cosine
 
 SMALLEST_LPIPS_SIDE = {"alex": 31, "vgg": 16}  # pixels
@@ -82,6 +83,7 @@ def validate(config: TrainConfig) -> None:
         any(part is not None for part in (model.decoder, model.text_encoder, model.text_decoder)),
         "the model has no decoder, text encoder or text decoder: no loss to train on",
     )
+    _validate_parts(config)
     for name, value, least in (
         ("loss.pixel_stride", config.loss.pixel_stride, 1),
         ("micro_batch", config.micro_batch, 0),
@@ -91,6 +93,24 @@ def validate(config: TrainConfig) -> None:
         ("checkpoint_every", config.checkpoint_every, 0),
     ):
         _require(value >= least, f"{name} is {value}: expected at least {least}")
+
+
+def _validate_parts(config: TrainConfig) -> None:
+    """What is new, what is frozen, and that something is left to train."""
+    model, frozen = config.model, config.frozen
+    _require(bool(config.init) or not (config.attach or frozen), "attach and freeze need a model to start from: --init")
+    for part in config.attach:
+        there = part in ("encoder", "head") or getattr(model, part) is not None
+        _require(there, f"attach names {part}, but model.{part} is None")
+    parts = ", ".join(frozen)
+    _require(bool(trained_losses(model, frozen)), f"all that the losses need is frozen ({parts}): nothing to train")
+    text = "text_encoder" in config.attach or "text_decoder" in config.attach
+    _require(text or config.vocabulary == "demo", "vocabulary is of attached text towers, and none is attached")
+    if model.external is not None:
+        _require("encoder" in frozen, "model.external is another library's encoder: freeze must name 'encoder'")
+        for stage in config.stages:
+            side = model.image_size
+            _require(stage.resolution == side, f"resolution is {stage.resolution}: the encoder reads {side} alone")
 
 
 def _require(right: bool, message: str) -> None:

@@ -6,17 +6,18 @@ every image with every text, takes two passes: the first collects the features o
 gives the gradient of each feature, and the second pass carries it on into the towers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from openvision3 import losses
-from openvision3.config import LossConfig
+from openvision3.config import LossConfig, ModelPart
 from openvision3.data.batches import Batch
 from openvision3.evaluation.perceptual import Perceptual
 from openvision3.model.openvision3 import OpenVision3
+from openvision3.training.frozen import trained_losses
 from openvision3.training.noise import draw_noise
 from openvision3.training.precision import Precision, autocast
 from openvision3.vae import FrozenVAE
@@ -31,7 +32,7 @@ class MicroBatch:
     start: int  # of its first sample, within the batch
     positions: list[int]  # within the run, which the noise depends on
     pixels: Tensor  # uint8 (M, 3, R, R): a quarter of the images' memory, where the whole batch waits
-    latents: Tensor | None  # (M, C, h, w) scaled VAE latents; None for a model on pixels
+    latents: Tensor | None  # (M, C, h, w) scaled VAE latents; None where neither model nor loss has a use for them
     alt_ids: Tensor  # (M, Lc)
     caption_text_ids: Tensor  # (M, Lc)
     caption_ids: Tensor  # (M, Ld)
@@ -67,7 +68,8 @@ class Objective:
     """Eq. 6 of a model, and its gradient, for global batches.
 
     `lpips_weight` is the stage's lambda, and `perceptual` LPIPS on the model's device (None where lambda is 0). `seed`
-    is the noise's. `micro_batch` is the number of samples a forward pass (0: the whole batch).
+    is the noise's. `micro_batch` is the number of samples a forward pass (0: the whole batch). Losses of `frozen` parts
+    alone are left out, and a frozen encoder runs without a graph.
     """
 
     def __init__(
@@ -80,12 +82,14 @@ class Objective:
         seed: int = 0,
         micro_batch: int = 0,
         precision: Precision = "fp32",
+        frozen: Collection[ModelPart] = (),
     ) -> None:
         assert (perceptual is None) == (lpips_weight == 0)
         self.model, self.config, self.lpips_weight, self.perceptual = model, config, lpips_weight, perceptual
         self.seed, self.micro_batch = seed, micro_batch
         self.precision: Precision = precision
         self.device = model.device
+        self.trained, self.encoder_frozen = trained_losses(model.config, frozen), "encoder" in frozen
 
     def backward(self, batch: Batch) -> Losses:
         """Adds the gradient of Eq. 6 over `batch` to the parameters' `.grad`; records the tokens' rms in the model.
@@ -157,7 +161,7 @@ class Objective:
     def _counts(self, batch: Batch) -> Counts:
         samples = len(batch.positions)
         targets = 0
-        if self.model.config.text_decoder is not None:
+        if "caption" in self.trained and self.model.config.text_decoder is not None:
             targets = int((batch.caption_ids[:, 1:] != self.model.config.text_decoder.pad_id).sum())
         return Counts(samples, len(range(0, samples, self.config.pixel_stride)), targets)
 
@@ -171,7 +175,7 @@ class Objective:
                 for tensor in (batch.images, batch.alt_ids, batch.caption_text_ids, batch.caption_ids)
             )
             micro = MicroBatch(start, batch.positions[part], pixels, None, alt_ids, caption_text_ids, caption_ids)
-            if self.model.config.input == "latents":
+            if self.model.config.input == "latents" and (self._reads_latents or "reconstruction" in self.trained):
                 with torch.no_grad(), autocast(self.device, self.precision):
                     micro = replace(micro, latents=self._vae.encode(micro.images).float())
             yield micro
@@ -185,8 +189,16 @@ class Objective:
         assert self.model.vae is not None
         return self.model.vae
 
+    @property
+    def _reads_latents(self) -> bool:
+        return self.model.config.input == "latents" and self.model.config.external is None
+
     def _encode(self, batch: MicroBatch) -> Tensor:
-        return self.model.encode(batch.images) if batch.latents is None else self.model.encode_latents(batch.latents)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_frozen):
+            if self._reads_latents:
+                assert batch.latents is not None
+                return self.model.encode_latents(batch.latents)
+            return self.model.encode(batch.images)
 
     def _record_rms(self, rms: Tensor) -> Tensor:
         """Keeps the rms of the whole batch's tokens in the model, for those who add noise later."""
@@ -194,7 +206,7 @@ class Objective:
         return rms
 
     def _features(self, batch: MicroBatch, tokens: Tensor) -> Features | None:
-        if self.model.config.text_encoder is None:
+        if "contrastive" not in self.trained:
             return None
         texts = self.model.embed_text_ids(torch.cat([batch.alt_ids, batch.caption_text_ids]))
         alt, caption_text = texts.float().chunk(2)
@@ -211,9 +223,9 @@ class Objective:
     def _sample_losses(self, batch: MicroBatch, tokens: Tensor, rms: Tensor, counts: Counts) -> Losses:
         """This micro-batch's share of the whole batch's reconstruction and caption losses."""
         found: Losses = {}
-        if self.model.config.decoder is not None:
+        if "reconstruction" in self.trained:
             found |= self._reconstruction(batch, tokens, rms, counts)
-        if self.model.config.text_decoder is not None:
+        if "caption" in self.trained and self.model.config.text_decoder is not None:
             pad_id = self.model.config.text_decoder.pad_id
             ids = batch.caption_ids
             # elsewhere a shape that changes costs more than the padding; a dry run's tensors have no values to look at
