@@ -138,19 +138,39 @@ class SceneConfig:
     min_visible: float = 0.70  # of each thing's area
 
 
+# of a sample: its alt text, a random sentence of its caption, or the whole caption
+TextRule = Literal["alt", "sentence", "caption"]
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where samples come from, and which of their fields are the two texts."""
 
-    source: str = "demo"  # "demo" renders scenes on the fly; else tars: a path, brace list, glob or folder
+    source: str = "demo"  # "demo" renders scenes on the fly; else tars: a path, URL, brace list, glob or folder
+    mixture: tuple[str, ...] = ()  # several sources, in place of `source`
+    weights: tuple[float, ...] = ()  # of the mixture's sources: their shares of the samples, in proportion
     scenes: SceneConfig = SceneConfig()  # for source "demo"
     seed: int = 0  # of the order (and of the scenes, for source "demo")
     shuffle: bool = True  # tars: another order in each turn, a function of the seed; False: the tars' own
-    alt_key: str = "txt"  # member that holds the alt text
-    caption_field: str = "caption"  # field of the json member that holds the synthetic caption; else the alt text
+    shuffle_window: int = 64  # shards whose samples are mixed with one another
+    shuffle_block: int = 1  # neighbouring samples that stay together, so that a store is asked for long stretches
+    filter: str = ""  # keep samples whose json fields meet it: 'width >= 256 and lang == "en"' (data/filters.py)
+    image_key: str = ""  # member that holds the picture; empty: the first of jpg, jpeg, png, webp
+    alt_key: str = "txt"  # member that holds the alt text, or json.FIELD; empty: the caption serves as both
+    caption_field: str = "caption"  # json field of the caption, or .MEMBER; empty: the alt text serves as both
+    contrastive_text: TextRule = "alt"  # for the first contrastive loss
+    second_text: TextRule = "sentence"  # for the second one
+    caption_text: TextRule = "caption"  # for the caption decoder
     crop_min_area: float = 1.0  # training crop: area fraction, 1 = whole picture (paper: 0.4)
     num_workers: int = resumable(1)  # processes that prepare batches; does not change what they hold
     max_bad_fraction: float = resumable(0.01)  # more unusable samples than this stop the run
+    store_attempts: int = resumable(8)  # to read something from a store, before the run stops
+    store_timeout: float = resumable(60.0)  # seconds that an attempt may take
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The mixture's sources, or the only one."""
+        return self.mixture or (self.source,)
 
 
 @dataclass(frozen=True)
@@ -314,6 +334,10 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         if value not in args:
             raise OpenVisionError(f"{where}: {value!r} is not one of {', '.join(map(repr, args))}")
         return value
+    if origin is tuple and args[-1] is Ellipsis:
+        if not isinstance(value, list | tuple):
+            raise OpenVisionError(f"{where}: expected a list, got {value!r}")
+        return tuple(_decode(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is tuple:
         if isinstance(value, list | tuple) and args[-1] is Ellipsis:
             args = (args[0],) * len(value)

@@ -15,9 +15,11 @@ from PIL import Image
 from openvision3.config import DataConfig, OpenVisionError
 from openvision3.data import grammar
 from openvision3.data.batches import Batch, BatchStream
-from openvision3.data.shards import BadSample, DemoSource, Sample, TarSource, write_shards
+from openvision3.data.samples import BadSample, Sample, Source
+from openvision3.data.shards import DemoSource, TarSource
 from openvision3.data.tokenizer import demo_tokenizer
 from openvision3.data.transforms import random_crop
+from openvision3.data.writing import write_shards
 
 SIZE = 16
 
@@ -171,7 +173,7 @@ def test_one_bad_sample_in_a_small_tar_is_not_too_much(tmp_path: Path) -> None:
 def test_large_data_stop_when_it_is_no_accident() -> None:
     """5 % of a million: stopped after some hundreds, long before a hundredth of all is found bad."""
 
-    class Large:
+    class Large(Source):
         size = 1_000_000
 
         def read(self, position: int) -> Sample:
@@ -208,7 +210,7 @@ def test_sentences_are_drawn_from_the_caption(mixed: Path) -> None:
 
 
 def test_crops_are_keyed_by_seed_and_position(mixed: Path) -> None:
-    class Ramp:
+    class Ramp(Source):
         size = None
 
         def read(self, position: int) -> Sample:
@@ -262,3 +264,75 @@ def test_bad_sample_survives_the_way_from_a_worker() -> None:
 
     error = pickle.loads(pickle.dumps(BadSample("k", "r")))
     assert (error.key, error.reason, str(error)) == ("k", "r", "k: r")
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 12])
+def test_the_ranks_shares_make_the_batch_of_one_process(mixed: Path, world_size: int) -> None:
+    """Every rank has its contiguous share of each batch, bad samples and all, whatever the number of its workers."""
+    source = TarSource(mixed, DataConfig(seed=2))
+    options: dict[str, Any] = {"batch_size": 12, "crop_min_area": 0.5, "seed": 4, "max_bad_fraction": 0.1}
+    alone = stream(source, 12, 420, **options)
+    whole = list(alone)
+    shares = [
+        stream(source, 12, 420, rank=rank, world_size=world_size, num_workers=rank % 2, **options)
+        for rank in range(world_size)
+    ]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert [p for part in parts for p in part.positions] == batch.positions
+        assert {len(part.positions) for part in parts} == {12 // world_size}
+        assert rows([batch]) == rows(parts)
+    assert sorted(bad for share in shares for bad in share.bad) == sorted(alone.bad) != []
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused() -> None:
+    source = DemoSource(DataConfig(), "train", SIZE)
+    with pytest.raises(OpenVisionError, match="global batch of 6 samples.*4 processes"):
+        stream(source, world_size=4)
+    with pytest.raises(OpenVisionError, match="25 samples in all"):
+        stream(source, 0, 25, world_size=2)
+    for rank in (-1, 2):
+        with pytest.raises(ValueError, match="rank"):
+            stream(source, rank=rank, world_size=2)
+
+
+def test_rules_for_texts(mixed: Path) -> None:
+    """Each role takes the alt text, a sentence or the whole caption; two sentences are drawn apart."""
+
+    class Texts(Source):
+        def read(self, position: int) -> Sample:
+            return Sample("k", np.zeros((SIZE, SIZE, 3), np.uint8), "red", "One cat. Two dogs. Three birds.")
+
+    tokenizer = demo_tokenizer()
+
+    def texts(*rules: Any) -> list[set[str]]:
+        batches = list(stream(Texts(), 0, 60, texts=rules))
+        columns = ("alt_ids", "caption_text_ids", "caption_ids")
+        return [
+            {tokenizer.decode(row[:-1] if name != "caption_ids" else row) for b in batches for row in getattr(b, name)}
+            for name in columns
+        ]
+
+    whole = tokenizer.normalise("One cat. Two dogs. Three birds.")
+    sentences = set(map(tokenizer.normalise, ("One cat.", "Two dogs.", "Three birds.")))
+    assert texts("alt", "sentence", "caption") == [{"red"}, sentences, {whole}]
+    assert texts("caption", "alt", "alt") == [{whole}, {"red"}, {"red"}]
+    assert texts("sentence", "caption", "sentence") == [sentences, {whole}, sentences]
+    (batch,) = stream(Texts(), 0, 60, batch_size=60, texts=("sentence", "sentence", "caption"))
+    assert not torch.equal(batch.alt_ids, batch.caption_text_ids)
+
+
+def test_a_substitute_does_not_depend_on_what_is_counted(tmp_path: Path) -> None:
+    """Tars without an index, window by window: the same substitutes at the first pass, at the second start, and with
+    all counted beforehand."""
+    for i in range(6):
+        tar(tmp_path / f"{i}.tar", 20, {3: None, 11: b"\xff"})
+    config = DataConfig(shuffle_window=2, seed=1)
+
+    def held(source: Any, start: int) -> dict[int, tuple[Any, ...]]:
+        return rows(list(stream(source, start, 240, max_bad_fraction=1.0)))
+
+    whole = held(TarSource(tmp_path, config), 0)
+    cache = tmp_path / "cache"
+    assert held(TarSource(tmp_path, config, cache=cache), 0) == whole
+    assert held(TarSource(tmp_path, config, cache=cache), 90) == {p: row for p, row in whole.items() if p >= 90}
+    assert held(TarSource(tmp_path, config, cache=tmp_path / "late"), 90) == {p: r for p, r in whole.items() if p >= 90}

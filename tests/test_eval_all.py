@@ -148,7 +148,8 @@ def test_frozen_benchmark_is_named_only_when_it_is() -> None:
 
 def test_tars_give_the_figures_of_the_scenes_they_hold(tmp_path: Path) -> None:
     from openvision3.data import grammar
-    from openvision3.data.shards import Sample, write_shards
+    from openvision3.data.samples import Sample
+    from openvision3.data.writing import write_shards
 
     scenes = scene_samples(12, 32, FEW)
     written = []

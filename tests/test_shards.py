@@ -1,6 +1,5 @@
 """Tars of samples: written, indexed, read in any order, and what happens to broken ones."""
 
-import io
 import json
 import multiprocessing
 import os
@@ -15,14 +14,17 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from small_tars import picture, write_tar
 
 from openvision3.commands import data as commands
 from openvision3.commands.batching import OutputOptions
 from openvision3.config import DataConfig, OpenVisionError, SceneConfig
 from openvision3.data import demo
-from openvision3.data.shards import BadSample, DemoSource, Sample, TarSource, expand, open_source, write_shards
+from openvision3.data.samples import BadSample, Sample
+from openvision3.data.shards import DemoSource, TarSource, open_source
+from openvision3.data.store import expand
 from openvision3.data.tar_index import index_path, load_index, open_index, save_index, scan
+from openvision3.data.writing import write_shards
 
 SIZE = 32
 
@@ -30,21 +32,6 @@ SIZE = 32
 def demo_samples(count: int, seed: int = 0, size: int = SIZE) -> Iterator[Sample]:
     source = DemoSource(DataConfig(seed=seed), "train", size)
     return (source.read(i) for i in range(count))
-
-
-def picture(format: str = "PNG", colour: str = "red") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (20, 10), colour).save(buffer, format)
-    return buffer.getvalue()
-
-
-def write_tar(path: Path, members: dict[str, bytes], format: int = tarfile.USTAR_FORMAT) -> Path:
-    with tarfile.open(path, "w", format=format) as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
 
 
 def same(a: Sample, b: Sample) -> bool:
@@ -154,16 +141,23 @@ def test_folders_links_and_hidden_files_are_no_samples(tmp_path: Path) -> None:
 
 def test_stale_or_broken_indexes_are_not_used(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", {"a.txt": b"one"})
-    good = json.loads(save_index(scan(path)).read_text())
+    good = json.loads(Path(save_index(scan(path))).read_text())
     assert load_index(path) is not None
     changes: list[dict[str, Any]] = [
         {"tar_size": 1},
         {"format_version": 99},
-        {"samples": [["a", {"txt": [0, 10**9]}]]},
-        {"samples": [["a", {"txt": [-512, 3]}]]},
-        {"samples": [[5, {"txt": [512, 3]}]]},
-        {"samples": "abc"},
-        {"samples": None},
+        {"sizes": [10**9]},
+        {"offsets": [-512]},
+        {"offsets": [0]},  # in the tar, but not where the member is: the checksum tells
+        {"offsets": [2**70]},
+        {"offsets": [512, 512]},
+        {"kinds": [1]},
+        {"members": [2]},
+        {"keys": [5]},
+        {"keys": ["b"]},
+        {"extensions": ["jpg"]},
+        {"crc32": None},
+        {"keys": None},
     ]
     for change in changes:
         index_path(path).write_text(json.dumps({**good, **change}))

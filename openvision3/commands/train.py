@@ -87,7 +87,7 @@ def evaluator(config: TrainConfig) -> "Evaluate | None":
     from openvision3.data.demo import BENCHMARK
     from openvision3.training.stages import plan
 
-    source = config.eval_source or (BENCHMARK if config.data.source == "demo" else "")
+    source = config.eval_source or (BENCHMARK if config.data.sources == ("demo",) else "")
     if not source or config.eval_samples == 0:
         return None
     stages = plan(config)
@@ -97,7 +97,7 @@ def evaluator(config: TrainConfig) -> "Evaluate | None":
 
         (size,) = {stage.config.resolution for stage in stages if stage.first_step < step <= stage.last_step}
         parts = ("reconstruction", "zeroshot", "retrieval", "captioning")
-        scenes = config.data.scenes if config.data.source == "demo" else None
+        scenes = config.data.scenes if config.data.sources == ("demo",) else None
         figures = evaluate_all(model, source, parts, config.eval_samples, size=size, scenes=scenes, landscapes=False)
         return flat_figures(figures)
 

@@ -1,8 +1,15 @@
 """Batches in an order that is a pure function of the configuration: the stream can start at any position.
 
 Positions count samples since the start of the training. What a position holds depends on (source, seed, position)
-alone: not on the number of workers, nor on where the stream was begun. So a resumed run sees exactly what an unbroken
-one sees.
+alone: not on the number of workers or ranks, nor on where the stream was begun. So a resumed run sees exactly what an
+unbroken one sees.
+
+Ranks. Every rank of a distributed run opens the same stream, with its `rank` and the `world_size` as plain integers and
+the global `batch_size`: nothing here knows of process groups. Batch i holds, on rank r of W, the contiguous share
+`start + i * batch_size + [r * batch_size / W, (r + 1) * batch_size / W)` of the positions; the shares of all ranks, in
+the order of the ranks, are the batch of one process. `Batch.positions` says which positions a batch has (what noise and
+other draws are keyed by). A global batch that W does not divide is refused. Each rank counts and replaces the unusable
+samples of its own share, and raises by its own count: a rank that raises must end the others too.
 """
 
 import logging
@@ -19,8 +26,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from openvision3.config import OpenVisionError
-from openvision3.data.shards import BadSample, Sample, Source
+from openvision3.config import OpenVisionError, TextRule
+from openvision3.data.samples import BadSample, Sample, Source
 from openvision3.data.tokenizer import CaptionTokenizer
 from openvision3.data.transforms import random_crop
 
@@ -30,14 +37,21 @@ FEWEST_SAMPLES = (
     100  # the allowed fraction is taken of at least so many: one bad sample in a small tar is no reason to stop
 )
 SUBSTITUTES = 16  # tried for one position; the data are unusable where they all fail
+CHUNK = 64  # positions whose samples are fetched together
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 Bad = tuple[int, str, str]  # position, key, reason
 
 
+TEXTS: tuple[TextRule, TextRule, TextRule] = ("alt", "sentence", "caption")
+
+
 @dataclass
 class Batch:
-    """Samples of consecutive positions. Text ids are int64 and of length 0 where a length of 0 was asked for."""
+    """Samples of consecutive positions, with their texts as the rules say (by default as said here).
+
+    Text ids are int64 and of length 0 where a length of 0 was asked for.
+    """
 
     positions: list[int]
     keys: list[str]
@@ -59,11 +73,13 @@ class _Failure:
 
 
 class BatchStream:
-    """Iterates over the batches of the positions from `start` to `stop`; the last one may be smaller.
+    """Iterates over a rank's shares of the batches of the positions from `start` to `stop`.
+
+    The last batch may be smaller, in a world of one rank alone.
 
     A sample that can't be used is replaced by another, drawn by (seed, position), and added to `bad`, which gathers
     (position, key, reason) of all iterations. Iterating raises `OpenVisionError` once more than `max_bad_fraction` of
-    the samples are bad, or where no substitute can be found.
+    the samples are bad, or where no substitute can be found; so does a batch size that the ranks do not divide.
     """
 
     def __init__(
@@ -71,7 +87,7 @@ class BatchStream:
         source: Source,
         tokenizer: CaptionTokenizer | None,
         resolution: int,
-        batch_size: int,
+        batch_size: int,  # global
         start: int,
         stop: int,
         *,
@@ -81,11 +97,21 @@ class BatchStream:
         num_workers: int = 0,  # processes beside this one; 0: this one does the work
         seed: int = 0,  # of crops, sentences and substitutes
         max_bad_fraction: float = 0.01,
+        rank: int = 0,
+        world_size: int = 1,
+        texts: tuple[TextRule, TextRule, TextRule] = TEXTS,  # of alt_ids, caption_text_ids and caption_ids
     ):
         if batch_size < 1 or start < 0:
             raise ValueError(f"batch_size {batch_size} must be at least 1, and start {start} at least 0")
         if tokenizer is None and (contrastive_length or caption_length):
             raise ValueError("texts were asked for, but there is no tokenizer")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank}: expected 0 to {world_size - 1}, for a world size of {world_size}")
+        if batch_size % world_size or (world_size > 1 and (stop - start) % batch_size):
+            raise OpenVisionError(
+                f"a global batch of {batch_size} samples, and {stop - start} samples in all, can't be divided among "
+                f"{world_size} processes: choose a number of processes that divides the batch"
+            )
         self.batches = _Batches(
             source,
             tokenizer,
@@ -97,6 +123,9 @@ class BatchStream:
             caption_length,
             crop_min_area,
             seed,
+            rank * (batch_size // world_size),
+            batch_size // world_size,
+            texts,
         )
         self.num_workers = num_workers
         self.max_bad_fraction = max_bad_fraction
@@ -173,6 +202,9 @@ class _Batches(Dataset[Batch | _Failure]):
         caption_length: int,
         crop_min_area: float,
         seed: int,
+        share_start: int,
+        share: int,
+        texts: tuple[TextRule, TextRule, TextRule],
     ):
         self.source = source
         self.tokenizer = tokenizer
@@ -184,41 +216,52 @@ class _Batches(Dataset[Batch | _Failure]):
         self.caption_length = caption_length
         self.crop_min_area = crop_min_area
         self.seed = seed
+        self.share_start, self.share = share_start, share  # of a batch: what this rank has of it
+        self.texts = texts
 
     def __len__(self) -> int:
         return max(0, -(-(self.stop - self.start) // self.batch_size))
 
     def __getitem__(self, index: int) -> Batch | _Failure:
-        first = self.start + index * self.batch_size
-        positions = list(range(first, min(first + self.batch_size, self.stop)))
+        first = self.start + index * self.batch_size + self.share_start
+        positions = list(range(first, min(first + self.share, self.stop)))
+        chunks = [positions[i : i + CHUNK] for i in range(0, len(positions), CHUNK)]
+        keys: list[str] = []
+        images: list[np.ndarray] = []
+        texts: tuple[list[str], ...] = ([], [], [])
         bad: list[Bad] = []
         try:
-            samples = [self._sample(position, bad) for position in positions]
+            self.source.prepare(chunks[0])
+            for number, chunk in enumerate(chunks, start=1):
+                if number < len(chunks):
+                    self.source.prepare(chunks[number])  # on its way while this chunk is decoded
+                for position in chunk:
+                    sample = self._sample(position, bad)
+                    keys.append(sample.key)
+                    images.append(self._crop(sample.image, position))
+                    for role, (rule, column) in enumerate(zip(self.texts, texts, strict=True)):
+                        column.append(self._text(sample, rule, role, position))
         except OpenVisionError as error:
             return _Failure(str(error))
-        # one generator a position, so that neither the batch size nor a bad neighbour changes a crop
-        images = [self._crop(sample.image, position) for sample, position in zip(samples, positions, strict=True)]
-        captions = [sample.caption for sample in samples]
-        sentences = [self._sentence(text, position) for text, position in zip(captions, positions, strict=True)]
         return Batch(
             positions,
-            [sample.key for sample in samples],
+            keys,
             torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
-            self._ids([sample.alt for sample in samples], self.contrastive_length, contrastive=True),
-            self._ids(sentences, self.contrastive_length, contrastive=True),
-            self._ids(captions, self.caption_length, contrastive=False),
-            captions,
+            self._ids(texts[0], self.contrastive_length, contrastive=True),
+            self._ids(texts[1], self.contrastive_length, contrastive=True),
+            self._ids(texts[2], self.caption_length, contrastive=False),
+            texts[2],
             bad,
         )
 
     def _sample(self, position: int, bad: list[Bad]) -> Sample:
         """The sample of a position, or a substitute that is a function of (seed, position) too."""
-        at = position
         for attempt in range(1 + SUBSTITUTES):
-            if attempt:
-                at = _draw(f"substitute {self.seed} {position} {attempt}", self.source.size or 2**31)
             try:
-                return self.source.read(at)
+                if not attempt:
+                    return self.source.read(position)
+                draw = random.Random(f"substitute {self.seed} {position} {attempt}").random()
+                return self.source.substitute(position, draw)
             except BadSample as error:
                 bad.append((position, error.key, error.reason))
         raise OpenVisionError(
@@ -226,14 +269,17 @@ class _Batches(Dataset[Batch | _Failure]):
         )
 
     def _crop(self, image: np.ndarray, position: int) -> np.ndarray:
+        # one generator a position, so that neither the batch size nor a bad neighbour changes a crop
         rng = np.random.Generator(np.random.PCG64([zlib.crc32(b"crop"), self.seed, position]))
         return random_crop(image, self.resolution, self.crop_min_area, rng)
 
-    def _sentence(self, caption: str, position: int) -> str:
-        sentences = _SENTENCE_END.split(caption)
-        if len(sentences) == 1:
-            return caption
-        return sentences[_draw(f"sentence {self.seed} {position}", len(sentences))]
+    def _text(self, sample: Sample, rule: TextRule, role: int, position: int) -> str:
+        """A sample's text by its rule. Two roles that take a sentence draw each their own."""
+        if rule != "sentence":
+            return sample.alt if rule == "alt" else sample.caption
+        sentences = _SENTENCE_END.split(sample.caption)
+        name = ("first sentence", "sentence", "caption sentence")[role]
+        return sentences[_draw(f"{name} {self.seed} {position}", len(sentences))]
 
     def _ids(self, texts: list[str], length: int, contrastive: bool) -> Tensor:
         if not length or self.tokenizer is None:

@@ -1,84 +1,60 @@
-"""Samples from indexed tars or rendered on the fly, read by position, and the writing of such tars.
+"""Samples by position: scenes rendered on the fly, tars on disks and stores, mixtures of these.
 
 A tar has members `{key}.webp` (or jpg, png), `{key}.txt` (alt text) and `{key}.json` (with the synthetic caption), the
-layout of WebDataset and of Recap-DataComp-1B. Offsets come from an index, so that every sample can be read by itself.
+layout of WebDataset and of Recap-DataComp-1B; `DataConfig` maps other names. Which sample a position holds is a pure
+function of (seed, position): see `order.py`. Samples are read by the offsets of an index, which is found beside the
+tars, or made: of all tars at once, or, with a cache folder, of a window of shards when the first position in it is
+asked for. The order is the same either way.
 """
 
+import contextlib
 import functools
-import glob
-import io
-import itertools
-import json
-import logging
-import re
-import shutil
-import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from openvision3.config import DataConfig, OpenVisionError, SceneConfig
 from openvision3.data import demo, grammar
-from openvision3.data.tar_index import Entry, TarIndex, open_index, save_index, scan
-from openvision3.data.transforms import decode_image
+from openvision3.data.filters import parse_filter
+from openvision3.data.library import Library
+from openvision3.data.order import MixtureOrder, ShardOrder, Window
+from openvision3.data.samples import BadSample, Needed, Read, Sample, Source, make_sample, needed
+from openvision3.data.store import Location, Store, expand, name_of
+from openvision3.data.tar_index import Entry
 
-log = logging.getLogger(__name__)
-
-MAX_TEXT = 10_000  # letters of a caption or alt text
-MAX_MEMBER_BYTES = {"image": 256 * 2**20, "text": 2**20}
-MAX_BRACES = 1_000_000  # paths that one brace list may stand for
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-
-
-@dataclass
-class Sample:
-    """A picture with its two texts. `meta` is the JSON that came with it."""
-
-    key: str
-    image: np.ndarray  # uint8 (H, W, 3), RGB
-    alt: str
-    caption: str
-    meta: dict[str, Any] = field(default_factory=dict)
+MAX_STRETCH = 16 * 2**20  # bytes of one planned read
+JOIN_GAP = 128 * 2**10  # bytes between two samples that are read over rather than asked for apart
+INDEX_AHEAD = 0.5  # of a window: from there on the next one's index is made beside the reading
 
 
-class BadSample(OpenVisionError):
-    """A sample that can't be used: `key` ("000000.tar/000123") and `reason`."""
-
-    def __init__(self, key: str, reason: str):
-        super().__init__(f"{key}: {reason}")
-        self.key = key
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return BadSample, (self.key, self.reason)
-
-
-class Source(Protocol):
-    """Samples by position. Positions go on past `size`: each turn is another order of the same samples."""
-
-    size: int | None  # how many different samples there are; None: no end
-
-    def read(self, position: int) -> Sample:
-        """The sample at a position, always the same one. Raises `BadSample`."""
-        ...
-
-
-def open_source(config: DataConfig, split: str, resolution: int) -> Source:
-    """The samples of a split: scenes rendered at `resolution`, or tars as they are.
+def open_source(config: DataConfig, split: str, resolution: int, cache: Path | None = None) -> Source:
+    """The samples of a split: scenes rendered at `resolution`, or tars as they are, or a mixture.
 
     Only the split "train" of tars is shuffled, and that only with `config.shuffle`: without, training on tars of scenes
-    equals training on the same scenes rendered on the fly.
+    equals training on the same scenes rendered on the fly. With a `cache` folder, tars are indexed when they are first
+    reached, and what is found is kept there.
     """
+    if config.mixture:
+        if len(config.weights) != len(config.mixture):
+            raise OpenVisionError(
+                f"data.mixture has {len(config.mixture)} sources and data.weights {len(config.weights)}: expected one "
+                "weight for each"
+            )
+        parts = [replace(config, source=source, mixture=(), weights=()) for source in config.mixture]
+        return MixtureSource([open_source(part, split, resolution, cache) for part in parts], config)
+    if config.weights:
+        raise OpenVisionError(f"data.weights are {config.weights}, but there is no data.mixture")
     if config.source == "demo":
         return DemoSource(config, split, resolution)
-    return TarSource(config.source, config, shuffle=config.shuffle and split == "train")
+    return TarSource(config.source, config, shuffle=config.shuffle and split == "train", cache=cache)
 
 
-class DemoSource:
+class DemoSource(Source):
     """Scenes rendered on the fly: position i is scene i of the split. Of "scenes-v1", 1,000 fixed ones."""
 
     def __init__(self, config: DataConfig, split: str, resolution: int):
@@ -98,225 +74,208 @@ class DemoSource:
         return Sample(scene.key, demo.render(scene, self.resolution), texts.alt, texts.caption, meta)
 
 
-class TarSource:
-    """Samples of tars: paths, brace lists ("{000..099}.tar"), globs or folders.
+@dataclass
+class _Fetched:
+    """A planned read of a stretch of a tar, perhaps still under way."""
 
-    Position p is in turn p // size; each turn goes through all samples once, in an order that is a function of (seed,
-    turn), or in the tars' order with `shuffle` off. A tar that was cut short gives its complete samples, and `broken`
-    names it.
-    Raises `OpenVisionError` where there is no tar or no sample.
+    begin: int
+    data: "Future[bytes]"
+    call: int  # number of the call of `prepare` that began it
+
+
+class TarSource(Source):
+    """Samples of tars: paths, URLs, brace lists ("{000..099}.tar"), globs or folders.
+
+    Each turn goes through all samples once, in an order that is a function of (seed, turn), or in the tars' order with
+    `shuffle` off. A tar that was cut short gives its complete samples, and `broken` names it.
+
+    Without a `cache` folder all tars are indexed at once; with one, as they are reached (one that is no tar then has no
+    samples). `size` is None until all are counted. Raises `OpenVisionError` where there is no tar or no sample.
     """
 
     def __init__(
-        self, paths: str | Path | Sequence[str | Path], config: DataConfig | None = None, shuffle: bool = True
+        self,
+        paths: str | Path | Sequence[str | Path],
+        config: DataConfig | None = None,
+        shuffle: bool = True,
+        cache: Path | None = None,
     ):
         self.config = config or DataConfig()
-        self.shuffle = shuffle
-        self.indexes: list[TarIndex] = [open_index(path) for path in expand(paths)]
-        self.broken = [(index.path, index.broken) for index in self.indexes if index.broken]
-        for path, reason in self.broken:
-            log.warning("%s: %s; its complete samples are used", path, reason)
-        self.starts = np.cumsum([0, *(len(index.entries) for index in self.indexes)])
-        self.size: int | None = len(self)
-        if not len(self):
-            raise OpenVisionError(f"{paths}: the tars hold no samples")
+        self.paths, self.lazy = paths, cache is not None
+        self.store = Store(self.config.store_attempts, self.config.store_timeout)
+        self.shards: list[Location] = expand(paths, self.store)
+        text = self.config.filter
+        condition = parse_filter(text) if text.strip() else None
+        window, block = self.config.shuffle_window, self.config.shuffle_block
+        if window < 1 or block < 1:
+            raise OpenVisionError(f"shuffle_window {window} and shuffle_block {block} must be at least 1")
+        keep = 2 * window if shuffle else 16
+        self.library = Library(self.shards, self.store, condition, text, cache, keep, lenient=self.lazy)
+        self.order = ShardOrder(self.library.counts, self.library.count, self.config.seed, window, block, shuffle)
+        self._fetched: dict[tuple[int, int], _Fetched] = {}
+        self._calls = 0
+        self._ahead: set[int] = set()
+        if not self.lazy and not len(self):
+            raise self._nothing()
+
+    def __getstate__(self) -> dict[str, Any]:
+        emptied = {"order": None, "_order": self.order.__getstate__()[2:], "_fetched": {}, "_ahead": set()}
+        return {**self.__dict__, **emptied}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        seed, window, block, shuffle = state.pop("_order")
+        self.__dict__.update(state)
+        self.order = ShardOrder(self.library.counts, self.library.count, seed, window, block, shuffle)
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        """Counts all samples, if they are not yet."""
+        return self.order.count_all()
+
+    @property
+    def size(self) -> int | None:  # type: ignore[override]
+        """Samples of a turn; None while that is not known."""
+        return self.order.total
+
+    @property
+    def broken(self) -> list[tuple[Location, str]]:
+        """Tars that are cut short, as far as they were met, with the reason."""
+        return [(self.shards[number], reason) for number, reason in sorted(self.library.broken.items())]
 
     def read(self, position: int) -> Sample:
         """Reads and decodes a sample. Raises `BadSample` for one that lacks a picture or text, or has a broken one."""
-        turn, place = divmod(position, len(self))
-        number = int(_order(self.config.seed, turn, len(self))[place]) if self.shuffle else place
-        return self.read_number(number)
+        window, place = self._find(position)
+        return self._read(*window.at(place))
+
+    def substitute(self, position: int, draw: float) -> Sample:
+        """Another sample of the same window: its index is at hand, whatever else is known of the tars."""
+        window, _ = self._find(position)
+        return self._read(*window.at(int(draw * len(window))))
 
     def read_number(self, number: int) -> Sample:
         """The sample that is `number` in the tars' own order."""
-        which = self._which(number)
-        index = self.indexes[which]
-        entry = index.entries[number - int(self.starts[which])]
-        try:
-            return read_entry(index.path, entry, self.config)
-        except BadSample as error:  # keys repeat from tar to tar
-            raise BadSample(f"{index.path.name}/{error.key}", error.reason) from None
-        except OSError as error:
-            raise OpenVisionError(f"{index.path}: can't be read ({error.strerror or error})") from None
+        return self._read(*self._numbered(number))
 
-    def tar_of(self, number: int) -> Path:
+    def tar_of(self, number: int) -> Location:
         """The tar that holds the sample that is `number` in the tars' own order."""
-        return self.indexes[self._which(number)].path
+        return self.shards[self._numbered(number)[0]]
 
-    def _which(self, number: int) -> int:
-        return int(np.searchsorted(self.starts, number, side="right")) - 1
+    def prepare(self, positions: list[int]) -> None:
+        """Starts to fetch the samples of these positions from a store, neighbours together. Local tars: nothing to do.
 
+        What an earlier call fetched and nobody read is let go of at the second call after it.
+        """
+        self._calls += 1
+        if self._fetched:
+            self._fetched = {at: fetched for at, fetched in self._fetched.items() if fetched.call >= self._calls - 1}
+        wanted: dict[int, list[tuple[int, int, int]]] = {}  # by shard: begin, end, number
+        for position in positions:
+            window, place = self._find(position)
+            shard, number = window.at(place)
+            if isinstance(self.shards[shard], Path) or (shard, number) in self._fetched:
+                continue
+            try:
+                stretch = needed(self.library.index(shard).entry(number), self.config)
+            except BadSample:
+                continue  # reading it will say so
+            wanted.setdefault(shard, []).append((stretch.begin, stretch.end, number))
+        for shard, stretches in wanted.items():
+            for begin, end, numbers in _joined(sorted(stretches)):
+                data = self.store.submit(self.shards[shard], begin, end - begin)
+                fetched = _Fetched(begin, data, self._calls)
+                self._fetched.update({(shard, number): fetched for number in numbers})
 
-@functools.lru_cache(maxsize=2)
-def _order(seed: int, turn: int, size: int) -> np.ndarray:
-    """A permutation, from PCG64's raw stream: numpy promises that it stays the same."""
-    return np.argsort(np.random.PCG64([seed, turn]).random_raw(size), kind="stable")
-
-
-def read_entry(path: Path, entry: Entry, config: DataConfig) -> Sample:
-    """Reads one sample of a tar; a text that is missing or empty is taken from the other. Raises `BadSample`."""
-    extension = next((e for e in IMAGE_EXTENSIONS if e in entry.members), None)
-    if extension is None:
-        raise BadSample(entry.key, f"has no picture ({', '.join(IMAGE_EXTENSIONS)}) in {path.name}")
-
-    def content(member: str, most: int) -> bytes:
-        offset, size = entry.members[member]
-        if size > most:
-            raise BadSample(entry.key, f"its {member} has {size} bytes, more than {most}")
-        with path.open("rb") as file:
-            file.seek(offset)
-            data = file.read(size)
-        if len(data) < size:
-            raise BadSample(entry.key, f"its {member} is cut short")
-        return data
-
-    most = MAX_MEMBER_BYTES["text"]
-    meta = _parse_json(entry.key, content("json", most)) if "json" in entry.members else {}
-    written = content(config.alt_key, most) if config.alt_key in entry.members else b""
-    alt = _text(entry.key, config.alt_key, written)
-    caption = _text(entry.key, config.caption_field, meta.get(config.caption_field) or "")
-    if not (alt or caption):
-        raise BadSample(entry.key, "has no caption")
-    picture = content(extension, MAX_MEMBER_BYTES["image"])
-    try:
-        image = decode_image(io.BytesIO(picture), f"its {extension}")
-    except OpenVisionError as error:
-        raise BadSample(entry.key, str(error)) from None
-    return Sample(entry.key, np.array(image), alt or caption, caption or alt, meta)
-
-
-def _parse_json(key: str, data: bytes) -> dict[str, Any]:
-    try:
-        meta = json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise BadSample(key, "its json is not UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise BadSample(key, f"its json is broken ({error})") from None
-    if not isinstance(meta, dict):
-        raise BadSample(key, "its json is not a table of fields")
-    return meta
-
-
-def _text(key: str, member: str, value: Any) -> str:
-    """A text, with its white space made single spaces."""
-    if isinstance(value, bytes):
+    def _find(self, position: int) -> tuple[Window, int]:
         try:
-            value = value.decode("utf-8")
-        except UnicodeDecodeError:
-            raise BadSample(key, f"its {member} is not UTF-8") from None
-    if not isinstance(value, str):
-        raise BadSample(key, f"its {member} is {type(value).__name__}, not text")
-    if len(value) > MAX_TEXT:
-        raise BadSample(key, f"its {member} has {len(value)} letters, more than {MAX_TEXT}")
-    return " ".join(value.split())
+            window, place = self.order.find(position)
+        except ValueError:
+            raise self._nothing() from None
+        if self.lazy and self.order.total is None and place >= INDEX_AHEAD * len(window):
+            self._index_ahead(window.number + 1)
+        return window, place
+
+    def _index_ahead(self, number: int) -> None:
+        if number in self._ahead or number >= self.order.num_windows:
+            return
+        self._ahead.add(number)
+        shards = self.order.window_shards(0, number)
+        if (self.library.counts[shards] < 0).any():
+            threading.Thread(target=self._count_quietly, args=(shards,), daemon=True).start()
+
+    def _count_quietly(self, shards: np.ndarray) -> None:
+        # an error comes up again, and stops the run, when the window is reached
+        with contextlib.suppress(OpenVisionError, OSError):
+            self.library.count(shards)
+
+    def _read(self, shard: int, number: int) -> Sample:
+        location = self.shards[shard]
+        entry = self.library.index(shard).entry(number)
+        try:
+            stretch = needed(entry, self.config)
+            return make_sample(entry, stretch, self._reader(shard, number, entry, stretch), self.config)
+        except BadSample as error:  # keys repeat from tar to tar
+            raise BadSample(f"{name_of(location)}/{error.key}", error.reason) from None
+
+    def _reader(self, shard: int, number: int, entry: Entry, stretch: Needed) -> Read:
+        """How the bytes of a sample are had: out of what was fetched for it, or from its tar."""
+        fetched = self._fetched.pop((shard, number), None)
+        if fetched is None:
+            location = self.shards[shard]
+            return lambda offset, size: self.store.read(location, offset, size)
+        data, begin = fetched.data.result(), fetched.begin
+        return lambda offset, size: data[offset - begin : offset - begin + size]
+
+    def _numbered(self, number: int) -> tuple[int, int]:
+        if not 0 <= number < len(self):
+            raise IndexError(f"sample {number} of {len(self)}")
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        return shard, number - int(self._ends[shard] - self.library.counts[shard])
+
+    @functools.cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum(self.library.counts)
+
+    def _nothing(self) -> OpenVisionError:
+        kept = f" that {self.config.filter!r} keeps" if self.config.filter else ""
+        return OpenVisionError(f"{self.paths}: the tars hold no samples{kept}")
 
 
-def expand(paths: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The tars that paths, brace lists, globs and folders stand for; raises `OpenVisionError` where one has none."""
-    found: list[Path] = []
-    patterns = [paths] if isinstance(paths, str | Path) else list(paths)
-    if not patterns:
-        raise OpenVisionError("no tars given: name files, brace lists, globs or folders")
-    for pattern in patterns:
-        for text in itertools.islice(_braces(str(pattern)), MAX_BRACES):
-            path = Path(text)
-            if path.is_dir():
-                tars = sorted(path.glob("*.tar"))
-            elif any(mark in text for mark in "*?["):
-                tars = sorted(Path(match) for match in glob.glob(text))
-            else:
-                tars = [path]
-            if not tars or not all(tar.is_file() for tar in tars):
-                raise OpenVisionError(f"{text}: no such tar, nor a folder with tars")
-            found += tars
-    return found
+def _joined(stretches: list[tuple[int, int, int]]) -> list[tuple[int, int, list[int]]]:
+    """Joins sorted stretches (begin, end, number) of a tar that lie close to each other."""
+    joined: list[tuple[int, int, list[int]]] = []
+    for begin, end, number in stretches:
+        if joined and begin <= joined[-1][1] + JOIN_GAP and end - joined[-1][0] <= MAX_STRETCH:
+            first, last, numbers = joined[-1]
+            joined[-1] = (first, max(last, end), [*numbers, number])
+        else:
+            joined.append((begin, end, [number]))
+    return joined
 
 
-def _braces(text: str) -> Iterator[str]:
-    """Expands "{000..012}" (keeping leading zeros) and "{a,b}", from left to right."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", text)
-    if match is None:
-        yield text
-        return
-    first, last, words = match.groups()
-    middles: Iterable[str] = (
-        words.split(",") if words else (f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1))
-    )
-    for middle in middles:
-        yield from _braces(text[: match.start()] + middle + text[match.end() :])
+class MixtureSource(Source):
+    """Several sources, each with its share of the positions and gone through in its own order: see `MixtureOrder`."""
 
+    def __init__(self, sources: Sequence[Source], config: DataConfig):
+        self.sources = list(sources)
+        self.size = None
+        try:
+            self.order = MixtureOrder(config.weights, config.seed)
+        except ValueError as error:
+            raise OpenVisionError(f"data.weights: {error}") from None
 
-def write_shards(
-    samples: Iterable[Sample],
-    out: Path,
-    *,
-    image_format: Literal["webp", "jpg"] = "webp",
-    samples_per_shard: int = 1000,
-    overwrite: bool = False,
-    progress: Callable[[int], None] | None = None,
-) -> int:
-    """Writes samples as indexed tars `000000.tar`, ... into the folder `out` and returns how many there are.
+    def read(self, position: int) -> Sample:
+        """The sample of the part that the position belongs to."""
+        part, at = self.order.find(position)
+        return self.sources[part].read(at)
 
-    The folder appears when all of it is written; a run that was broken off leaves `OUT.partial`, which the next one
-    replaces. webp is lossless, jpg of quality 95. `progress` is called with 1 after each sample. Raises
-    `OpenVisionError` where `out` exists and `overwrite` is off, or holds other files than tars and their indexes.
-    """
-    out = Path(out)
-    _refuse(out, overwrite)
-    partial, replaced = (out.with_name(out.name + ending) for ending in (".partial", ".replaced"))
-    for leftover in (partial, replaced):
-        if leftover.exists():
-            _refuse(leftover, overwrite=True)
-            shutil.rmtree(leftover)
-    partial.mkdir(parents=True)
-    written, waiting = 0, iter(samples)
-    for number in itertools.count():
-        shard = itertools.islice(waiting, samples_per_shard)
-        first = next(shard, None)
-        if first is None:
-            break
-        path = partial / f"{number:06d}.tar"
-        with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
-            for sample in itertools.chain([first], shard):
-                _write_sample(tar, sample, image_format)
-                written += 1
-                if progress:
-                    progress(1)
-        save_index(scan(path))
-    if out.exists():
-        out.replace(replaced)
-    partial.replace(out)
-    if replaced.exists():
-        shutil.rmtree(replaced)
-    return written
+    def substitute(self, position: int, draw: float) -> Sample:
+        """A sample of the same part."""
+        part, at = self.order.find(position)
+        return self.sources[part].substitute(at, draw)
 
-
-def _refuse(out: Path, overwrite: bool) -> None:
-    if not out.exists():
-        return
-    if not overwrite:
-        raise OpenVisionError(f"{out} exists; pass --overwrite to replace it")
-    if not out.is_dir() or any(not file.name.endswith((".tar", ".idx.json", ".tmp")) for file in out.iterdir()):
-        raise OpenVisionError(f"{out} holds other files than tars and their indexes, so it is not replaced")
-
-
-def _write_sample(tar: tarfile.TarFile, sample: Sample, image_format: str) -> None:
-    buffer = io.BytesIO()
-    image = Image.fromarray(sample.image)
-    if image_format == "webp":
-        image.save(buffer, "WEBP", lossless=True, quality=0, method=0)
-    else:
-        image.save(buffer, "JPEG", quality=95, subsampling=0)
-    meta = {**sample.meta, "caption": sample.caption}
-    members = {
-        image_format: buffer.getvalue(),
-        "txt": sample.alt.encode(),
-        "json": json.dumps(meta, ensure_ascii=False).encode(),
-    }
-    for extension, content in members.items():
-        info = tarfile.TarInfo(f"{sample.key}.{extension}")
-        info.size = len(content)
-        tar.addfile(info, io.BytesIO(content))
+    def prepare(self, positions: list[int]) -> None:
+        """Tells each part of its positions."""
+        found = [self.order.find(position) for position in positions]
+        for part, source in enumerate(self.sources):
+            own = [at for which, at in found if which == part]
+            if own:
+                source.prepare(own)

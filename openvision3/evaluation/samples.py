@@ -205,7 +205,8 @@ def _caption_beside(file: Path) -> str:
 
 def tar_samples(paths: str, size: int, samples: int = 0) -> SampleSet:
     """Samples of indexed tars (`ov3 data index`): pictures with their alt text and full caption."""
-    from openvision3.data.shards import BadSample, TarSource
+    from openvision3.data.samples import BadSample
+    from openvision3.data.shards import TarSource
 
     source = TarSource(paths, DataConfig(source=paths))
     total = len(source)

@@ -8,7 +8,7 @@ import torch
 
 from openvision3 import assets
 from openvision3.config import ModelPart, OpenVisionError, TrainConfig, VAETrainConfig, to_dict
-from openvision3.data.shards import expand
+from openvision3.data.store import expand
 from openvision3.hub.encoders import load_external
 from openvision3.model.external import ExternalEncoder
 from openvision3.model.openvision3 import OpenVision3
@@ -52,9 +52,11 @@ def dry_run(config: TrainConfig | VAETrainConfig, device: str = "auto") -> str:
 
 def missing_parts(config: TrainConfig) -> Iterator[str]:
     """One line for each thing that the run needs and that is not on this machine, and where it would come from."""
-    if config.data.source != "demo":
+    for source in config.data.sources:
+        if source == "demo" or "://" in source:  # a dry run asks no store
+            continue
         try:
-            expand(config.data.source)
+            expand(source)
         except OpenVisionError as error:
             yield f"data: {error}"
     if config.init and not config.attach and not (Path(config.init) / "config.json").is_file():

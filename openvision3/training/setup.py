@@ -187,13 +187,28 @@ def trial_batch(config: TrainConfig, stage: Stage) -> Batch:
     )
 
 
-def open_stream(config: TrainConfig, stage: Stage, step: int, tokenizer: CaptionTokenizer | None) -> BatchStream:
-    """The batches of a stage after `step`. Positions count over the whole run: stage 2 goes on where 1 stopped."""
+def index_folder(config: TrainConfig) -> Path:
+    """Where a run keeps what it finds out about tars without an index."""
+    return run_folder(config) / "index"
+
+
+def open_stream(
+    config: TrainConfig,
+    stage: Stage,
+    step: int,
+    tokenizer: CaptionTokenizer | None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> BatchStream:
+    """A rank's shares of the batches of a stage after `step` (see `data/batches.py`).
+
+    Positions count over the whole run: stage 2 goes on where 1 stopped.
+    """
     text, caption = config.model.text_encoder, config.model.text_decoder
     resolution = stage.config.resolution
     data = replace(config.data, scenes=stage.config.scenes or config.data.scenes)
     return BatchStream(
-        open_source(data, "train", resolution),
+        open_source(data, "train", resolution, index_folder(config)),
         tokenizer,
         resolution,
         stage.config.batch_size,
@@ -205,12 +220,15 @@ def open_stream(config: TrainConfig, stage: Stage, step: int, tokenizer: Caption
         num_workers=config.data.num_workers,
         seed=config.data.seed,
         max_bad_fraction=config.data.max_bad_fraction,
+        rank=rank,
+        world_size=world_size,
+        texts=(data.contrastive_text, data.second_text, data.caption_text),
     )
 
 
 def picture_pixels(config: TrainConfig, resolution: int) -> Tensor:
     """Whole pictures to look at, uint8 (8, 3, R, R): of the held-out split, or the first of the tars."""
-    source = open_source(config.data, "val", resolution)
+    source = open_source(config.data, "val", resolution, index_folder(config))
     stream = BatchStream(
         source, None, resolution, PICTURES, start=0, stop=PICTURES, contrastive_length=0, caption_length=0
     )

@@ -1,0 +1,158 @@
+"""A sample: a picture with its two texts, and how it is made of the members of a tar."""
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from openvision3.config import DataConfig, OpenVisionError
+from openvision3.data.filters import field_of
+from openvision3.data.tar_index import BLOCK, Entry, Place, is_header
+from openvision3.data.transforms import decode_image
+
+MAX_TEXT = 10_000  # letters of a caption or alt text
+MAX_MEMBER_BYTES = {"image": 256 * 2**20, "text": 2**20}
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MAX_GAP = 64 * 1024  # bytes between two members that are read over rather than left out
+
+Read = Callable[[int, int], bytes]  # offset and size to bytes
+
+
+@dataclass
+class Sample:
+    """A picture with its two texts. `meta` is the JSON that came with it."""
+
+    key: str
+    image: np.ndarray  # uint8 (H, W, 3), RGB
+    alt: str
+    caption: str
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+class BadSample(OpenVisionError):
+    """A sample that can't be used: `key` ("000000.tar/000123") and `reason`."""
+
+    def __init__(self, key: str, reason: str):
+        super().__init__(f"{key}: {reason}")
+        self.key = key
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BadSample, (self.key, self.reason)
+
+
+class Source(Protocol):
+    """Samples by position. Positions go on past `size`: each turn is another order of the same samples."""
+
+    size: int | None = None  # how many different samples there are; None: no end, or not yet known
+
+    def read(self, position: int) -> Sample:
+        """The sample at a position, always the same one. Raises `BadSample`."""
+        ...
+
+    def substitute(self, position: int, draw: float) -> Sample:
+        """A sample for a position whose own can't be used: a function of both, `draw` in [0, 1). Raises `BadSample`."""
+        return self.read(int(draw * (self.size or 2**31)))
+
+    def prepare(self, positions: list[int]) -> None:
+        """Hears which positions are read next, so that what is far away can be fetched in few long reads."""
+
+
+@dataclass(frozen=True)
+class Needed:
+    """The members of a sample that are read, and the stretch of the tar that holds them with their headers."""
+
+    image: str
+    members: dict[str, Place]
+    begin: int
+    end: int
+
+
+def needed(entry: Entry, config: DataConfig) -> Needed:
+    """What `make_sample` wants of a sample. Raises `BadSample` where there is no picture, or a member is too large."""
+    names = (config.image_key,) if config.image_key else IMAGE_EXTENSIONS
+    image = next((name for name in names if name in entry.members), None)
+    if image is None:
+        raise BadSample(entry.key, f"has no picture ({', '.join(names)})")
+    wanted = [image, *{"json", config.alt_key, config.caption_field.removeprefix(".")}]
+    members = {name: place for name, place in entry.members.items() if name in wanted}
+    for name, (_, size) in members.items():
+        most = MAX_MEMBER_BYTES["image" if name == image else "text"]
+        if size > most:
+            raise BadSample(entry.key, f"its {name} has {size} bytes, more than {most}")
+    begin = min(offset for offset, _ in members.values()) - BLOCK
+    return Needed(image, members, max(0, begin), max(offset + size for offset, size in members.values()))
+
+
+def contents(entry: Entry, needed: Needed, read: Read) -> dict[str, bytes]:
+    """The bytes of the members, in one read where they lie together. Raises `BadSample` where the tar holds others."""
+    together = needed.end - needed.begin <= sum(n for _, n in needed.members.values()) + MAX_GAP
+    whole = read(needed.begin, needed.end - needed.begin) if together else b""
+    found: dict[str, bytes] = {}
+    for name, (offset, size) in needed.members.items():
+        begin = max(0, offset - BLOCK)
+        data = (
+            whole[begin - needed.begin : offset - needed.begin + size]
+            if together
+            else read(begin, offset + size - begin)
+        )
+        if len(data) < offset + size - begin:
+            raise BadSample(entry.key, f"its {name} is cut short")
+        if not is_header(data[:BLOCK], size, f"{entry.key}.{name}"):
+            raise BadSample(entry.key, f"its {name} is not where the index says: the tar was changed")
+        found[name] = data[offset - begin :]
+    return found
+
+
+def make_sample(entry: Entry, needed: Needed, read: Read, config: DataConfig) -> Sample:
+    """Reads and decodes a sample; a text that is missing or empty is taken from the other. Raises `BadSample`."""
+    members, key = contents(entry, needed, read), entry.key
+    meta = parse_json(key, members["json"]) if "json" in members else {}
+    alt = _named_text(key, config.alt_key, "txt", members, meta)
+    caption = _named_text(key, config.caption_field, "json", members, meta)
+    if not (alt or caption):
+        raise BadSample(key, "has no caption")
+    try:
+        image = decode_image(io.BytesIO(members[needed.image]), f"its {needed.image}")
+    except OpenVisionError as error:
+        raise BadSample(key, str(error)) from None
+    return Sample(key, np.array(image), alt or caption, caption or alt, meta)
+
+
+def parse_json(key: str, data: bytes) -> dict[str, Any]:
+    """The table of fields that a json member holds. Raises `BadSample`."""
+    try:
+        meta = json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise BadSample(key, "its json is not UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise BadSample(key, f"its json is broken ({error})") from None
+    if not isinstance(meta, dict):
+        raise BadSample(key, "its json is not a table of fields")
+    return meta
+
+
+def _named_text(key: str, name: str, home: str, members: dict[str, bytes], meta: dict[str, Any]) -> str:
+    """A text by its name in the config: a member or a field, `home` saying which of them a bare name is."""
+    if name.startswith("json.") or (home == "json" and name and not name.startswith(".")):
+        field = name if home == "json" else name.removeprefix("json.")
+        return _text(key, field, field_of(meta, field) or "")
+    member = name.removeprefix(".")
+    return _text(key, member, members.get(member, b""))
+
+
+def _text(key: str, member: str, value: Any) -> str:
+    """A text, with its white space made single spaces."""
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError:
+            raise BadSample(key, f"its {member} is not UTF-8") from None
+    if not isinstance(value, str):
+        raise BadSample(key, f"its {member} is {type(value).__name__}, not text")
+    if len(value) > MAX_TEXT:
+        raise BadSample(key, f"its {member} has {len(value)} letters, more than {MAX_TEXT}")
+    return " ".join(value.split())
