@@ -19,7 +19,7 @@ def part_of(name: str) -> ModelPart | None:
     """The part that a parameter or buffer belongs to, by its name in the model; None: to no one part (`token_rms`)."""
     if name.startswith(_HEAD):
         return "head"
-    if name == "logit_scale":
+    if name in ("logit_scale", "logit_bias"):
         return "text_encoder"
     return next((part for part in MODEL_PARTS if name.startswith(f"{part}.")), None)
 
