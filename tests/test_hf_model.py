@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoToken
 import openvision3 as ov3
 import openvision3.hub.hf as hf
 from openvision3.config import ExternalEncoderConfig, OpenVisionError
-from openvision3.losses import contrastive_loss
+from openvision3.contrastive import contrastive_loss
 from openvision3.model.openvision3 import OpenVision3
 
 TEXTS = ["two apples on a hill", "a panda", "[CLS] " + "word " * 60]
