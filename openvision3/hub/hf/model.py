@@ -11,10 +11,10 @@ from transformers.models.clip.modeling_clip import CLIPOutput
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from openvision3.config import OpenVisionError
+from openvision3.contrastive import contrastive_loss
 from openvision3.hub.hf.config import OpenVision3Config, OpenVision3TextConfig
 from openvision3.hub.hf.standalone.modeling_openvision3 import OpenVision3PreTrainedModel, OpenVision3VisionModel
 from openvision3.hub.hf.text import OpenVision3TextModel
-from openvision3.contrastive import contrastive_loss
 from openvision3.model.blocks import EMBEDDING_STD
 from openvision3.model.decoder import LatentDecoder
 from openvision3.model.encoder import square_grid
