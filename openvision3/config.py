@@ -26,6 +26,7 @@ def resumable(default: Any) -> Any:
 
 Activation = Literal["gelu", "gelu_tanh", "relu_squared"]
 AttentionPath = Literal["auto", "sdpa", "matmul"]
+ParallelKind = Literal["ddp", "fsdp"]
 # "head": the norm and projection of the pooled embedding; "text_encoder" has the contrastive temperature with it
 ModelPart = Literal["encoder", "head", "decoder", "text_encoder", "text_decoder"]
 MODEL_PARTS: tuple[ModelPart, ...] = typing.get_args(ModelPart)
@@ -227,20 +228,26 @@ class TrainConfig:
     stage1: StageConfig = StageConfig()
     stage2: StageConfig = StageConfig()
     seed: int = 0  # of initialisation and noise
-    init: str = ""  # model folder to start from; empty: random weights
+    init: str = ""  # model folder, run or checkpoint to start from; empty: random weights
     attach: tuple[ModelPart, ...] = ()  # parts of `model` that are new: random, while `init` gives all else
     freeze: tuple[ModelPart, ...] = ()  # parts that stay as they are in `init`; those in `attach` are trained anyway
     vocabulary: Literal["demo", "bert"] = "demo"  # of attached text towers; "bert": 30,522 entries and longer texts
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # "auto": the faster, timed once at the start, then kept
-    micro_batch: int = 0  # samples per forward pass; 0: the whole batch. The losses stay those of the whole batch
-    checkpoint_blocks: bool = False  # recompute blocks in the backward pass: less memory, more time
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"  # "auto": the faster, timed once at the start, then kept
+    micro_batch: int = resumable(0)  # samples per forward pass; 0: all of a process. The losses are the whole batch's
+    checkpoint_blocks: bool = resumable(False)  # recompute blocks in the backward pass: less memory, more time
+    compile: bool = resumable(False)  # compile each transformer block: slow first steps, faster ones later
+    parallel: ParallelKind = resumable("ddp")  # where there are several processes: parameters in each, or sharded
+    ema: float = 0.0  # decay per step of averaged weights, which are then evaluated and kept; 0: none
+    max_skipped: int = resumable(10)  # steps in a row with losses or gradients that are not finite, before a run stops
     out: str = resumable("")  # run folder; empty: runs/RECIPE
     log_every: int = resumable(10)  # steps
     eval_every: int = resumable(0)  # samples; 0: at the end of each stage only
     eval_samples: int = resumable(256)  # 0: sample pictures only
     eval_source: str = resumable("")  # folder or tars to evaluate on; empty: held-out scenes for "demo", else none
     checkpoint_every: int = resumable(0)  # samples; 0: at the end of each stage only
-    keep_checkpoints: int = resumable(2)
+    keep_checkpoints: int = resumable(2)  # the newest ones
+    keep_every: int = resumable(0)  # samples: the first checkpoint after each multiple stays for good; 0: none does
+    background_saves: bool = resumable(False)  # write checkpoints beside the training, from a copy in memory
 
     @property
     def stages(self) -> tuple[StageConfig, ...]:

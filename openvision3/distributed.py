@@ -1,9 +1,16 @@
 """The processes that share a global batch, and what they exchange for its losses."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from openvision3.config import OpenVisionError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,35 @@ class World:
         total = tensor.clone()
         dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self.group)
         return total
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether `flag` holds in some process; every process must ask."""
+        if self.size == 1:
+            return flag
+        return bool(self.all_reduce_sum(torch.tensor([int(flag)], device=device)).item())
+
+    def gather_objects(self, item: T) -> list[T]:
+        """What every process has, in the order of ranks. Only for what this run's own processes made: it is pickled."""
+        if self.size == 1:
+            return [item]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, item, group=self.group)
+        return gathered
+
+    def agree(self, decide: Callable[[], T]) -> T:
+        """What `decide` returns in the first process, in all of them; its `OpenVisionError` is raised in all of them."""
+        if self.size == 1:
+            return decide()
+        outcome: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                outcome[0] = decide()
+            except OpenVisionError as error:
+                outcome[1] = str(error)
+        dist.broadcast_object_list(outcome, src=0, group=self.group)
+        if outcome[1] is not None:
+            raise OpenVisionError(outcome[1])
+        return outcome[0]
 
 
 ALONE = World()  # one process, which holds the whole batch

@@ -1,23 +1,35 @@
 """Checkpoints: whole or absent, exact, without pickle, and the optimizer's state by name."""
 
+import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from openvision3.config import OpenVisionError
+from openvision3.training import checkpoint
 from openvision3.training.checkpoint import (
-    OPTIMIZER,
-    WEIGHTS,
+    Saver,
+    checkpoint_tensors,
     checkpoints,
     latest_checkpoint,
     load_checkpoint,
-    save_checkpoint,
 )
 from openvision3.training.optimizer import adamw, set_learning_rate
+
+
+TENSORS = "shard-00001-model-00001-of-00001.safetensors"
+
+
+def save_checkpoint(
+    folder: Path, step: int, modules: dict, optimizer: torch.optim.Optimizer | None, state: dict, **options
+) -> Path:
+    ignore = options.pop("ignore", ())
+    return checkpoint.save_checkpoint(folder, step, checkpoint_tensors(modules, optimizer, ignore), state, **options)
 
 
 class Tied(nn.Module):
@@ -76,15 +88,15 @@ def test_contents_are_named_tensors(tmp_path: Path) -> None:
     model, optimizer = build(0)
     advance(model, optimizer, range(2))
     path = save_checkpoint(tmp_path, 2, {"model": model}, optimizer, {}, ignore=["model.vae."])
-    assert sorted(load_file(path / WEIGHTS)) == [
+    state = load_file(path / TENSORS)
+    assert sorted(name for name in state if not name.startswith("optimizer.")) == [
         "model.embedding.weight",
         "model.hidden.bias",
         "model.hidden.weight",
         "model.rms",
     ]
-    state = load_file(path / OPTIMIZER)
-    assert "model.hidden.weight|exp_avg_sq" in state
-    assert state["model.embedding.weight|step"] == 2
+    assert "optimizer.model.hidden.weight|exp_avg_sq" in state
+    assert state["optimizer.model.embedding.weight|step"] == 2
     assert not any("vae" in name for name in state)
 
 
@@ -143,8 +155,8 @@ def test_everything_is_flushed_before_the_rename(tmp_path: Path, monkeypatch: py
     model, optimizer = build(0)
     advance(model, optimizer, range(1))
     save_checkpoint(tmp_path, 1, {"model": model}, optimizer, {})
-    whole = ["optimizer.safetensors", "state.json", "weights.safetensors", ".step_1.writing", "rename"]
-    assert events == [*whole, tmp_path.name]
+    whole = [TENSORS, "state.json", ".step_1.writing", "rename"]
+    assert events[-5:] == [*whole, tmp_path.name]
 
 
 @pytest.mark.parametrize(
@@ -157,16 +169,70 @@ def test_everything_is_flushed_before_the_rename(tmp_path: Path, monkeypatch: py
 )
 def test_wrong_tensors_are_named(tmp_path: Path, change, message: str) -> None:
     path = save_checkpoint(tmp_path, 1, {"model": nn.Linear(2, 2)}, None, {})
-    tensors = load_file(path / WEIGHTS)
+    tensors: dict[str, Tensor] = load_file(path / TENSORS)
     change(tensors)
-    save_file(tensors, path / WEIGHTS)
+    save_file(tensors, path / TENSORS)
+    record = json.loads((path / "state.json").read_text())
+    record["files"][TENSORS] = (path / TENSORS).stat().st_size
+    (path / "state.json").write_text(json.dumps(record))
     with pytest.raises(OpenVisionError, match=message):
         load_checkpoint(path, {"model": nn.Linear(2, 2)})
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, "state.json"])
+@pytest.mark.parametrize("name", [TENSORS, "state.json"])
 def test_unreadable_checkpoint_is_named(tmp_path: Path, name: str) -> None:
     path = save_checkpoint(tmp_path, 1, {"model": nn.Linear(2, 2)}, None, {})
     (path / name).write_bytes(b"\x80\x04garbage")
     with pytest.raises(OpenVisionError, match="step_1 is not a readable checkpoint"):
         load_checkpoint(path, {"model": nn.Linear(2, 2)})
+
+
+def test_a_missing_or_short_file_is_named(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 1, {"model": nn.Linear(2, 2)}, None, {})
+    (path / TENSORS).write_bytes((path / TENSORS).read_bytes()[:-4])
+    with pytest.raises(OpenVisionError, match=f"{TENSORS} has .* bytes, expected"):
+        load_checkpoint(path, {"model": nn.Linear(2, 2)})
+    (path / TENSORS).unlink()
+    with pytest.raises(OpenVisionError, match="step_1 is not a readable checkpoint"):
+        load_checkpoint(path, {"model": nn.Linear(2, 2)})
+
+
+def test_lasting_ones_stay(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        save_checkpoint(tmp_path, step, {"model": nn.Linear(1, 1)}, None, {}, keep=2, lasting=step in (1, 3))
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_1", "step_3", "step_5", "step_6"]
+
+
+def test_saves_in_the_background_hold_what_was_when_they_were_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = build(0)
+    advance(model, optimizer, range(1))
+    before = {name: tensor.clone() for name, tensor in checkpoint_tensors({"model": model}, optimizer).items()}
+    going_on, save = threading.Event(), checkpoint.save_checkpoint
+
+    def slow(*args, **options) -> Path:
+        assert going_on.wait(60)
+        return save(*args, **options)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", slow)
+    saver = Saver(tmp_path, background=True)
+    saver.save(1, checkpoint_tensors({"model": model}, optimizer), {"samples": 1})
+    advance(model, optimizer, range(1, 3))
+    assert not checkpoints(tmp_path)
+    going_on.set()
+    saver.finish()
+    stored = load_file(tmp_path / "step_1" / TENSORS)
+    assert stored.keys() == before.keys()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in before.items())
+
+
+def test_an_error_of_a_save_in_the_background_comes_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args, **options) -> Path:
+        raise OpenVisionError("step_1 can't be written: disk full")
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", fails)
+    saver = Saver(tmp_path, background=True)
+    saver.save(1, checkpoint_tensors({"model": nn.Linear(1, 1)}), {})
+    with pytest.raises(OpenVisionError, match="disk full"):
+        saver.finish()

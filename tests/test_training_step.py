@@ -227,17 +227,23 @@ def test_a_few_steps_lower_every_loss(vae: VAEConfig, batch: Batch) -> None:
         assert losses[-1][name] < losses[0][name], name
 
 
-def test_watch_names_the_first_bad_step(tmp_path: Path, batch: Batch) -> None:
-    watch = FiniteWatch(tmp_path)
-    watch.add(1, batch, {"total": torch.tensor(1.0)})
-    watch.check()
-    for step, value in ((2, 1.0), (3, float("nan")), (4, float("inf"))):
-        watch.add(step, replace(batch, positions=[step]), {"caption": torch.tensor(1.0), "total": torch.tensor(value)})
-    with pytest.raises(OpenVisionError, match="step 3: total not finite"):
-        watch.check()
+def test_watch_skips_until_there_are_too_many_in_a_row(tmp_path: Path, batch: Batch) -> None:
+    watch = FiniteWatch(tmp_path, limit=2)
+
+    def skips(step: int, value: str, last: bool = False) -> bool:
+        losses = {"caption": torch.tensor(1.0), "total": torch.tensor(float(value))}
+        return watch.skips(step, replace(batch, positions=[step]), losses, last)
+
+    assert [skips(1, "1"), skips(2, "nan"), skips(3, "1"), skips(4, "inf")] == [False, True, False, True]
+    assert watch.skipped == 2 and not (tmp_path / "bad_batch.json").exists()
+    with pytest.raises(OpenVisionError, match="step 5: total not finite, as in all of the last 2 steps"):
+        skips(5, "nan")
     record = json.loads((tmp_path / "bad_batch.json").read_text())
-    assert record["step"] == 3 and record["positions"] == [3] and record["keys"] == batch.keys
+    assert record["step"] == 5 and record["positions"] == [5] and record["keys"] == batch.keys
     assert record["losses"] == {"caption": 1.0, "total": "nan"}
+    assert not skips(6, "1")
+    with pytest.raises(OpenVisionError, match="step 7: total not finite"):
+        skips(7, "nan", last=True)
 
 
 def test_padding_that_all_rows_share_is_left_out_and_changes_nothing(vae: VAEConfig, batch: Batch) -> None:

@@ -2,6 +2,9 @@
 
 import dataclasses
 import difflib
+import os
+import re
+import signal
 import sys
 import types
 import typing
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from openvision3.training.loop import Evaluate
 
 Config = TypeVar("Config", bound=TrainConfig | VAETrainConfig)
+_INIT = re.compile(r"^--init[-_]from(?=$|=)")  # another name of --init
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ def train(args: list[str]) -> int:
 def run_train(config: TrainConfig | VAETrainConfig, device: str = "auto", dry_run: bool = False) -> int:
     """Trains a resolved recipe in its run folder (or resumes it there) and prints the folder; or only describes it.
 
-    Returns the exit code: 0, or 128 + the signal's number where SIGINT or SIGTERM stopped the run, with all saved.
+    Returns the exit code: 0, also where SIGTERM or SIGUSR1 stopped the run, with all saved, as a scheduler's way to
+    interrupt it; 130 after SIGINT.
     """
     if dry_run:
         from openvision3.training import dryrun
@@ -63,8 +68,11 @@ def run_train(config: TrainConfig | VAETrainConfig, device: str = "auto", dry_ru
         return 0
     from openvision3.training.run_folder import RunInterrupted
 
+    speaks = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
     try:
         if isinstance(config, VAETrainConfig):
+            if os.environ.get("WORLD_SIZE", "1") != "1":
+                raise OpenVisionError(f"recipe {config.recipe} trains in one process: start it without torchrun")
             from openvision3.training.vae_training import train_vae
 
             folder = train_vae(config, device)
@@ -73,9 +81,11 @@ def run_train(config: TrainConfig | VAETrainConfig, device: str = "auto", dry_ru
 
             folder = train_encoder(config, device, evaluator(config))
     except RunInterrupted as stop:
-        print(f"ov3: {stop}", file=sys.stderr)
-        return 128 + stop.signal_number
-    print(folder)
+        if speaks:
+            print(f"ov3: {stop}", file=sys.stderr)
+        return 128 + signal.SIGINT if stop.signal_number == signal.SIGINT else 0
+    if speaks:
+        print(folder)
     return 0
 
 
@@ -122,7 +132,7 @@ def resolve(config: Config, args: Sequence[str], prog: str = "ov3 train") -> "Ru
     `--model.decoder none` leaves out a part that may be absent. Raises `OpenVisionError` that names a misspelt field
     with the nearest right one; exits with 2 where a value has the wrong type.
     """
-    config, rest = _without_parts(config, list(args))
+    config, rest = _without_parts(config, [_INIT.sub("--init", arg) for arg in args])
     run, unknown = tyro.cli(
         Run[type(config)],
         default=Run(config),

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from openvision3.assets import fetch
+from openvision3.chunked import at_least_fp32
 from openvision3.config import OpenVisionError
 
 SMALLEST_SIDE = {"alex": 31, "vgg": 16}  # pixels; a smaller picture vanishes in the network's poolings
@@ -32,8 +33,8 @@ class Perceptual(nn.Module):
         return super().train(False)
 
     def features(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """The five feature maps of images (B, 3, H, W) in [-1, 1], each a unit vector over channels, in fp32."""
-        return [_unit(features.float()) for features in self.network.net(self.network.scaling_layer(images))]
+        """The five feature maps of images (B, 3, H, W) in [-1, 1], each a unit vector over channels, in fp32 or fp64."""
+        return [_unit(at_least_fp32(features)) for features in self.network.net(self.network.scaling_layer(images))]
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Distances (B,) between images `a` and `b`, both (B, 3, H, W) in [-1, 1]; 0 for equal pictures.
@@ -50,9 +51,9 @@ class Perceptual(nn.Module):
             raise OpenVisionError(
                 f"LPIPS-{self.net} needs pictures of at least {smallest} px a side, got {a.shape[-2]} x {a.shape[-1]}"
             )
-        distance = a.new_zeros(a.shape[0], dtype=torch.float32)
+        distance = at_least_fp32(a.new_zeros(a.shape[0]))
         for head, unit_a, unit_b in zip(self.network.lins, self.features(a), self.features(b), strict=True):
-            weight = head.model[-1].weight.float()  # (1, C, 1, 1)
+            weight = at_least_fp32(head.model[-1].weight)  # (1, C, 1, 1)
             distance = distance + ((unit_a - unit_b).square() * weight).sum(dim=1).mean(dim=(1, 2))
         return distance
 

@@ -135,7 +135,7 @@ def _stage_lines(
     micro = min(config.micro_batch or settings.batch_size, settings.batch_size)
     forward = model.flops(settings.resolution)
     work = training_flops(config, forward, micro < settings.batch_size, trained_losses(config.model, config.frozen))
-    precision: Precision = "fp32" if config.precision == "fp32" else "bf16"
+    precision: Precision = "bf16" if config.precision == "auto" else config.precision
     kept = activation_bytes(config, settings.resolution, device, precision, vae)
     trained = trained_parameters(config, model)
     others = sum(count for name, count in model.num_parameters().items() if name != "vae") - trained

@@ -1,26 +1,42 @@
-"""The training loop of the unified encoder (OpenVision 3, section 3): both stages in one run, exact to resume."""
+"""The training loop of the unified encoder (OpenVision 3, section 3): both stages in one run, exact to resume.
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+It runs in one process, or in many that share each batch (`training/parallel.py`). All of them go through the same
+steps; the first one alone keeps the run's folder, evaluates and prints.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from openvision3.config import OpenVisionError, TrainConfig
+from openvision3.data.batches import Bad, Batch
+from openvision3.distributed import World
+from openvision3.model.external import ExternalEncoder
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.training.checkpoint import (
+    Saver,
     checkpoint_step,
+    checkpoint_tensors,
     latest_checkpoint,
     load_checkpoint,
-    save_checkpoint,
+    named_tensors,
+    read_state,
     write_folder,
 )
-from openvision3.training.frozen import fingerprint, set_training, unsaved
-from openvision3.training.monitor import Monitor
+from openvision3.training.ema import Average
+from openvision3.training.frozen import fingerprint, part_of, set_training, trained_losses, unsaved
+from openvision3.training.monitor import Monitor, NoMonitor
 from openvision3.training.optimizer import build_optimizer, clip_gradients, set_learning_rate
+from openvision3.training.parallel import Engine, Sharded, build_engine, compile_blocks, open_world, whole_tensor
 from openvision3.training.pictures import picture_columns
-from openvision3.training.precision import Precision, resolve_device
+from openvision3.training.precision import Precision
 from openvision3.training.run_folder import RunInterrupted, StopRequest, open_run
 from openvision3.training.setup import (
     build_model,
@@ -35,6 +51,7 @@ from openvision3.training.watch import FiniteWatch
 
 Evaluate = Callable[[OpenVision3, int], Mapping[str, float]]
 SHOWN = ("total", "latent_l1", "pixel_l1", "lpips", "caption", "contrastive")  # on the console
+LOCK_WAIT = 120.0  # seconds for the processes of a run that was broken off to end, before others take its folder
 
 
 @dataclass
@@ -43,98 +60,203 @@ class Run:
 
     config: TrainConfig
     folder: Path
+    world: World
     model: OpenVision3
+    engine: Engine
+    average: Average | None
     precision: Precision
-    monitor: Monitor
+    monitor: Monitor | NoMonitor
     stop: StopRequest
+    saver: Saver
+    watch: FiniteWatch
     evaluate: Evaluate | None
     resume: Path | None  # checkpoint that this process goes on from
-    step: int  # optimizer steps done
-    bad_samples: int  # unusable ones met so far
+    step: int  # optimizer steps done, or skipped
+    bad_samples: int  # unusable ones met so far, by all processes, as far as they were reported
     unsaved: tuple[str, ...]  # names of the tensors that checkpoints leave out
     frozen_sha256: str  # of the frozen parts, which come from `config.init`, and the VAE; empty: there are none
+    waiting: list[Bad] = field(default_factory=list)  # this process's unusable samples that were not yet reported
+
+    @property
+    def modules(self) -> dict[str, Any]:
+        """What checkpoints hold, besides the optimizer's state."""
+        return {"model": self.model} | ({} if self.average is None else {"average": self.average.values()})
 
 
 def train(config: TrainConfig, device: str = "auto", evaluate: Evaluate | None = None) -> Path:
     """Trains a recipe in its run folder, or resumes what is there; returns the folder, with the weights in `model/`.
 
     `evaluate(model, step)` gives figures to record at the times that the config sets. Raises `OpenVisionError` for an
-    impossible recipe, a changed config, unusable data or a loss that is not finite, and `RunInterrupted` after SIGINT
-    or SIGTERM, with a checkpoint saved.
+    impossible recipe, a changed config, unusable data or losses that stay not finite, and `RunInterrupted` after
+    SIGINT, SIGTERM or SIGUSR1, with a checkpoint saved.
     """
     validate(config)
-    folder, stages = run_folder(config), plan(config)
-    with open_run(folder, config, say=print), StopRequest() as stop:
-        resume = latest_checkpoint(folder / "checkpoints")
-        if resume and checkpoint_step(resume) == stages[-1].last_step and (folder / "model").exists():
-            print(f"{folder} is complete: its weights are in {folder / 'model'}")
-            return folder
-        model = build_model(config, resolve_device(device), random=resume is None)
-        left_out = unsaved(model, config.frozen)
-        state = load_checkpoint(resume, {"model": model}, ignore=left_out) if resume else {}
-        frozen_sha256 = fingerprint(model, config.frozen)
-        if state.get("frozen_sha256", frozen_sha256) != frozen_sha256:
-            raise OpenVisionError(
-                f"{config.init} or the VAE has other weights than when {folder} began; it can't be resumed"
-            )
-        precision = settle_precision(config, folder, model, stages[0])
-        step, seen = (checkpoint_step(resume), state["samples_seen"]) if resume else (0, 0)
-        total = stages[-1].last_sample
-        with Monitor(folder, total, samples_seen=seen, resume_step=step, shown=SHOWN) as monitor:
-            if resume:
-                monitor.say(f"resuming {folder} after {seen:,} of {total:,} samples")
-            bad_samples = state.get("bad_samples", 0)
-            at = (resume, step, bad_samples, left_out, frozen_sha256)
-            run = Run(config, folder, model, precision, monitor, stop, evaluate, *at)
-            for stage in stages:
-                if run.step < stage.last_step:
-                    train_stage(run, stage)
-        write_folder(folder / "model", lambda path: model.save(path, overwrite=True))
+    with open_world(device) as (world, place):
+        refuse_unequal_shares(config, world)
+        with entered_run(config, world) as folder, StopRequest() as stop:
+            resume = world.agree(lambda: latest_checkpoint(folder / "checkpoints"))
+            stages = plan(config)
+            if resume and checkpoint_step(resume) == stages[-1].last_step and (folder / "model").exists():
+                if world.rank == 0:
+                    print(f"{folder} is complete: its weights are in {folder / 'model'}")
+                return folder
+            run = begin(config, folder, world, place, resume, stop, evaluate)
+            with run.monitor:
+                if resume:
+                    seen = samples_seen(stages, run.step)
+                    run.monitor.say(f"resuming {folder} after {seen:,} of {stages[-1].last_sample:,} samples")
+                for stage in stages:
+                    if run.step < stage.last_step:
+                        train_stage(run, stage)
+                run.saver.finish()
+            final = whole_model(run)
+            if final is not None:
+                write_folder(folder / "model", lambda path: final.save(path, overwrite=True))
+            world.agree(lambda: None)  # the folder is there before any process ends
     return folder
+
+
+def refuse_unequal_shares(config: TrainConfig, world: World) -> None:
+    """Raises `OpenVisionError` where a batch can't be divided among the processes."""
+    for number, stage in enumerate((config.stage1, config.stage2), start=1):
+        if stage.samples and stage.batch_size % world.size:
+            raise OpenVisionError(
+                f"stage{number}.batch_size is {stage.batch_size}, which {world.size} processes can't share equally: "
+                "choose a number of processes that divides it"
+            )
+
+
+@contextmanager
+def entered_run(config: TrainConfig, world: World) -> Iterator[Path]:
+    """The run's folder, held by the first process for all of them."""
+    folder = run_folder(config)
+    held = open_run(folder, config, say=print, wait=LOCK_WAIT if world.size > 1 else 0.0)
+    world.agree(lambda: held.__enter__())
+    try:
+        yield folder
+    finally:
+        if world.rank == 0:
+            held.__exit__(None, None, None)
+
+
+def begin(
+    config: TrainConfig,
+    folder: Path,
+    world: World,
+    device: torch.device,
+    resume: Path | None,
+    stop: StopRequest,
+    evaluate: Evaluate | None,
+) -> Run:
+    """Builds or loads what the run trains."""
+    stages = plan(config)
+    model = build_model(config, device, random=resume is None)
+    left_out, frozen_sha256 = unsaved(model, config.frozen), fingerprint(model, config.frozen)
+    state = read_state(resume) if resume else {}
+    if state.get("frozen_sha256", frozen_sha256) != frozen_sha256:
+        raise OpenVisionError(
+            f"{config.init} or the VAE has other weights than when {folder} began; it can't be resumed"
+        )
+    precision = world.agree(lambda: settle_precision(config, folder, model, stages[0]))
+    if precision == "fp64":
+        model.double()
+    if config.compile:
+        compile_blocks(model)
+    heads = "contrastive" in trained_losses(model.config, config.frozen)
+    engine = build_engine(
+        model, config.parallel, world, device, unused=lambda name: part_of(name) == "head" and not heads
+    )
+    average = Average(model, config.ema, config.frozen) if config.ema else None
+    step = checkpoint_step(resume) if resume else 0
+    if world.rank == 0:
+        seen = samples_seen(stages, step)
+        monitor = Monitor(folder, stages[-1].last_sample, samples_seen=seen, resume_step=step, shown=SHOWN)
+    else:
+        monitor = NoMonitor()
+    run = Run(
+        config,
+        folder,
+        world,
+        model,
+        engine,
+        average,
+        precision,
+        monitor,
+        stop,
+        Saver(folder / "checkpoints", keep=config.keep_checkpoints, world=world, background=config.background_saves),
+        FiniteWatch(folder, config.max_skipped, world, state.get("skipped_steps", 0)),
+        evaluate,
+        resume,
+        step,
+        state.get("bad_samples", 0),
+        left_out,
+        frozen_sha256,
+    )
+    if resume:
+        load_checkpoint(resume, run.modules, ignore=left_out, world=run.saver.world)
+    return run
+
+
+def samples_seen(stages: list[Stage], step: int) -> int:
+    """Samples of a run after `step`."""
+    return next(stage.samples_seen(step) for stage in stages if step <= stage.last_step)
 
 
 def train_stage(run: Run, stage: Stage) -> None:
     """Trains what is left of a stage: batch, losses and gradients, step, log, evaluate, save."""
-    config, model, monitor = run.config, run.model, run.monitor
+    config, model, monitor, world = run.config, run.model, run.monitor, run.world
     optimizer = build_optimizer(model, config.optimizer)  # fresh in each stage
     if run.resume and run.step > stage.first_step:
-        load_checkpoint(run.resume, {"model": model}, optimizer, ignore=run.unsaved)
-    objective = build_objective(config, stage, model, run.precision)
-    watch = FiniteWatch(run.folder)
-    stream = open_stream(config, stage, run.step, model.tokenizer)
-    reported = 0  # of the stream's unusable samples
+        load_checkpoint(run.resume, run.modules, optimizer, ignore=run.unsaved, world=run.saver.world)
+    objective = build_objective(config, stage, model, run.precision, world, run.engine)
+    stream = open_stream(config, stage, run.step, model.tokenizer, world.rank, world.size)
 
     for batch in stream:
         run.step += 1
         learning_rate = stage.learning_rate(run.step)
         set_learning_rate(optimizer, learning_rate)
-        losses = objective.backward(batch)
-        losses["grad_norm"] = clip_gradients(model, config.optimizer.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        model.clamp_logit_scale()
-        watch.add(run.step, batch, losses)
-
         seen, last = stage.samples_seen(run.step), run.step == stage.last_step
+        losses = train_step(run, objective.backward, batch, optimizer, last)
+        run.waiting += batch.bad
         monitor.advance(seen)
-        reported = report_bad(run, seen, stream.bad, reported)
         log = run.step % config.log_every == 0 or run.step == 1 or last
         evaluate = stage.due(run.step, config.eval_every)
         save = stage.due(run.step, config.checkpoint_every)
-        if model.device.type == "cpu" or log or evaluate or save or run.stop:
-            watch.check()  # waits for the device
+        stopping = world.any(bool(run.stop), model.device)  # asked once: a signal may come at any moment
+        if log or save or stopping:
+            report_bad(run, seen)
         if log:
             monitor.log(run.step, seen, log_row(run, learning_rate, losses))
         if evaluate:
             evaluate_now(run, stage, seen)
-        stopping = bool(run.stop)  # read once: a signal may come at any moment
-        if save or stopping:
-            watch.check()
-            save_now(run, optimizer, seen)
+        if (save or stopping) and not run.watch.in_a_row:  # the weights may be what is wrong
+            save_now(run, stage, optimizer, seen)
         if stopping and not last:
-            where = f"stopped after {seen:,} samples, saved in {run.folder}; the same command goes on from there"
+            run.saver.finish()
+            saved = "the last checkpoint is from before the steps that were skipped" if run.watch.in_a_row else "saved"
+            where = f"stopped after {seen:,} samples, {saved} in {run.folder}; the same command goes on from there"
             raise RunInterrupted(where, run.stop.signal_number)
     assert run.step == stage.last_step, (run.step, stage.last_step)
+
+
+def train_step(
+    run: Run, backward: Callable[[Batch], dict[str, Tensor]], batch: Batch, optimizer: Optimizer, last: bool
+) -> dict[str, Tensor]:
+    """One step, which leaves everything as it was where losses or gradient are not finite; returns the losses."""
+    model, rms = run.model, run.model.token_rms.clone()
+    losses = backward(batch)
+    losses["grad_norm"] = clip_gradients(model, run.config.optimizer.clip_norm)
+    if run.watch.skips(run.step, batch, losses, last):
+        model.token_rms.copy_(rms)
+        wrong = ", ".join(name for name, value in losses.items() if not value.isfinite())
+        run.monitor.say(f"step {run.step} skipped: {wrong} not finite")
+    else:
+        optimizer.step()
+        model.clamp_logit_scale()
+        if run.average is not None:
+            run.average.update(run.step)
+    optimizer.zero_grad()
+    return losses
 
 
 def log_row(run: Run, learning_rate: float, losses: dict[str, Tensor]) -> dict[str, float]:
@@ -142,40 +264,63 @@ def log_row(run: Run, learning_rate: float, losses: dict[str, Tensor]) -> dict[s
     row = {name: float(value) for name, value in losses.items()}
     clip = run.config.optimizer.clip_norm
     clipped = float(0 < clip < row["grad_norm"])
-    return {**row, "clipped": clipped, "learning_rate": learning_rate, "bad_samples": float(run.bad_samples)}
+    counts = {"bad_samples": float(run.bad_samples), "skipped_steps": float(run.watch.skipped)}
+    return {**row, "clipped": clipped, "learning_rate": learning_rate, **counts}
 
 
-def report_bad(run: Run, samples_seen: int, bad: Sequence[tuple[int, str, str]], reported: int) -> int:
-    """Counts and records the unusable samples after the first `reported`; returns how many there are now."""
-    for position, key, reason in bad[reported:]:
-        run.bad_samples += 1
-        run.monitor.record("bad_sample", run.step, samples_seen, {"position": position, "key": key, "reason": reason})
-    return len(bad)
+def report_bad(run: Run, samples_seen: int) -> None:
+    """Counts and records the unusable samples that the processes met since the last time."""
+    for bad in run.world.gather_objects(run.waiting):
+        for position, key, reason in bad:
+            run.bad_samples += 1
+            record = {"position": position, "key": key, "reason": reason}
+            run.monitor.record("bad_sample", run.step, samples_seen, record)
+    run.waiting = []
 
 
 def evaluate_now(run: Run, stage: Stage, samples_seen: int) -> None:
     """Writes sample pictures and records the figures of `run.evaluate`, outside of the training rate."""
     with run.monitor.paused():
-        run.model.eval()
-        pixels = picture_pixels(run.config, stage.config.resolution)
-        run.monitor.save_pictures(f"step_{run.step}", picture_columns(run.model, pixels))
-        if run.evaluate is not None:
-            run.monitor.record("eval", run.step, samples_seen, run.evaluate(run.model, run.step))
+        model = whole_model(run)
+        if model is not None:
+            model.eval()
+            pixels = picture_pixels(run.config, stage.config.resolution)
+            run.monitor.save_pictures(f"step_{run.step}", picture_columns(model, pixels))
+            if run.evaluate is not None:
+                run.monitor.record("eval", run.step, samples_seen, run.evaluate(model, run.step))
         set_training(run.model, run.config.frozen)
 
 
-def save_now(run: Run, optimizer: Optimizer, samples_seen: int) -> None:
+@torch.no_grad()
+def whole_model(run: Run) -> OpenVision3 | None:
+    """The model to evaluate or keep, in the first process; None in the others, which help to put it together.
+
+    It is the run's own model, or where that is sharded or averaged, or in fp64, a copy, of the averages if there are.
+    """
+    model = run.model
+    if run.average is None and run.precision != "fp64" and not isinstance(run.engine, Sharded):
+        return model if run.world.rank == 0 else None
+    target = None
+    if run.world.rank == 0:
+        target = OpenVision3(model.config, copy.deepcopy(model.vae), model.tokenizer)
+        if isinstance(target.encoder, ExternalEncoder) and isinstance(model.encoder, ExternalEncoder):
+            target.encoder.attach(model.encoder.tower)
+        target.to(model.device).float()
+    averages = {} if run.average is None else run.average.values()
+    places = {} if target is None else named_tensors({"model": target})
+    for name, tensor in named_tensors({"model": model}).items():
+        value = whole_tensor(averages.get(name.removeprefix("model."), tensor))
+        if target is not None:
+            places[name].copy_(value)
+    return target
+
+
+def save_now(run: Run, stage: Stage, optimizer: Optimizer, samples_seen: int) -> None:
     """Saves a checkpoint, after the records that it counts on."""
     with run.monitor.paused():
         run.monitor.flush()
-        state = {"samples_seen": samples_seen, "bad_samples": run.bad_samples}
+        state = {"samples_seen": samples_seen, "bad_samples": run.bad_samples, "skipped_steps": run.watch.skipped}
         state |= {"frozen_sha256": run.frozen_sha256} if run.frozen_sha256 else {}
-        save_checkpoint(
-            run.folder / "checkpoints",
-            run.step,
-            {"model": run.model},
-            optimizer,
-            state,
-            keep=run.config.keep_checkpoints,
-            ignore=run.unsaved,
-        )
+        tensors = checkpoint_tensors(run.modules, optimizer, run.unsaved)
+        every = run.config.keep_every
+        run.saver.save(run.step, tensors, state, lasting=every > 0 and stage.due(run.step, every))

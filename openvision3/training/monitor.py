@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -139,6 +139,32 @@ class Monitor:
         average = (samples_seen - self._start_seen) / self._busy if self._busy > 0 else 0.0
         left = f"{_duration((self.total - samples_seen) / average)} left" if average > 0 else ""
         self.say(f"{samples_seen:,}/{self.total:,} samples  {numbers}  {rate:.1f} samples/s  {left}".rstrip())
+
+
+class NoMonitor:
+    """In the place of a `Monitor`, in the processes of a run that tell nothing."""
+
+    def __enter__(self) -> "NoMonitor":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def advance(self, samples_seen: int) -> None:
+        """Nothing, as all of these."""
+
+    def log(self, step: int, samples_seen: int, metrics: Mapping[str, Any]) -> None: ...
+
+    def record(self, kind: str, step: int, samples_seen: int, values: Mapping[str, Any]) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def save_pictures(self, name: str, columns: Sequence[Tensor]) -> None: ...
+
+    def paused(self) -> AbstractContextManager[None]:
+        """A context in which nothing is different."""
+        return nullcontext()
+
+    def flush(self) -> None: ...
 
 
 class _Rate(ProgressColumn):

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from openvision3.training.parallel import sharded_like, whole_tensor
+
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration: steepest at zero
 _STEPS = 5
 _RMS = 0.2  # of an entry's update, AdamW's typical one
@@ -47,13 +49,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(parameter)
                 assert parameter.grad is not None
                 state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                updates.append(parameter.grad.lerp(state["momentum"], group["momentum"]))
+                updates.append(whole_tensor(parameter.grad.lerp(state["momentum"], group["momentum"])))
             stacked = torch.stack(updates).reshape(len(same) * group["parts"], -1, shape[1])
             directions = orthogonalise(stacked).reshape(len(same), *shape)
             scale = _RMS * max(stacked.shape[1:]) ** 0.5
             for parameter, direction in zip(same, directions, strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(direction.to(parameter.dtype), alpha=-group["lr"] * scale)
+                direction = sharded_like(direction.to(parameter.dtype), parameter)
+                parameter.add_(direction, alpha=-group["lr"] * scale)
 
     def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         if not parameters:

@@ -4,17 +4,19 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from openvision3.config import OptimizerConfig
 from openvision3.model.blocks import CrossAttention, Mlp, SelfAttention
 from openvision3.training.muon import MuonWithAdamW
+from openvision3.training.parallel import global_norm
 
 # Parts of a parameter's own name that mark it as a learned token or position, which no decay pulls to zero.
 _TOKEN_NAMES = ("embedding", "position", "token", "query", "logit_scale")
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Splits the trainable parameters into one group with decay and one without.
+    """Splits the trainable parameters into a group with decay and one without, whole parameters and sharded ones apart.
 
     Decay falls on weight matrices (and convolution kernels) only: not on biases, norms, embeddings (also where an
     embedding is tied to an output layer), the temperature, or learned tokens and positions. Frozen parameters are in
@@ -30,8 +32,12 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
         is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
         is_matrix = is_matrix and not any(part in own_name for part in _TOKEN_NAMES)
         (decayed if is_matrix else undecayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    groups: list[dict] = []
+    for parameters, decay in ((decayed, weight_decay), (undecayed, 0.0)):
+        for sharded in (False, True):
+            if chosen := [p for p in parameters if isinstance(p, DTensor) == sharded]:
+                groups.append({"params": chosen, "weight_decay": decay})
+    return groups
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -92,4 +98,8 @@ def clip_gradients(module: nn.Module, clip_norm: float) -> Tensor:
     Returns the norm before clipping, a scalar on the device (no wait for it).
     """
     parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
-    return nn.utils.clip_grad_norm_(parameters, clip_norm if clip_norm > 0 else math.inf)
+    norm = global_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    for sharded in (False, True):
+        kind = [parameter for parameter in parameters if isinstance(parameter, DTensor) == sharded]
+        nn.utils.clip_grads_with_norm_(kind, clip_norm if clip_norm > 0 else math.inf, norm)
+    return norm

@@ -9,7 +9,7 @@ import torch
 
 from openvision3.config import OpenVisionError
 
-Precision = Literal["bf16", "fp32"]
+Precision = Literal["bf16", "fp32", "fp64"]  # fp64 is for checks
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -38,7 +38,7 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 
 def choose_precision(
-    requested: Literal["auto", "bf16", "fp32"], device: torch.device, run_step: Callable[[Precision], object]
+    requested: Literal["auto", "bf16", "fp32", "fp64"], device: torch.device, run_step: Callable[[Precision], object]
 ) -> Precision:
     """Resolves `auto` by timing one call of `run_step` in each precision, each after one call to warm up.
 

@@ -9,12 +9,13 @@ import os
 import platform
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -32,8 +33,10 @@ class RunInterrupted(Exception):
 
 
 @contextmanager
-def open_run(folder: Path, config: Any, say: Callable[[str], None]) -> Iterator[None]:
+def open_run(folder: Path, config: Any, say: Callable[[str], None], wait: float = 0.0) -> Iterator[None]:
     """Creates the run's folder, or enters it again to resume, and holds it against other processes meanwhile.
+
+    Where another process holds it, it has `wait` seconds to end.
 
     The config is written at the first start. At a resume, each difference from it is told through `say`; where one of
     them is not marked resumable, raises `OpenVisionError` and changes nothing. Before the first step is recorded, there
@@ -44,16 +47,25 @@ def open_run(folder: Path, config: Any, say: Callable[[str], None]) -> Iterator[
     if not path.exists() and (folder / "checkpoints").exists():
         raise OpenVisionError(f"{folder} has checkpoints but no config.json; choose another folder (--out)")
     with (folder / ".lock").open("a") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # record lock: data workers do not inherit it
-        except OSError:
-            raise OpenVisionError(f"{folder} is in use by another process") from None
+        end = time.monotonic() + wait
+        while not _locked(lock):
+            if time.monotonic() >= end:
+                raise OpenVisionError(f"{folder} is in use by another process")
+            time.sleep(0.2)
         if not has_begun(folder):
             (folder / ENVIRONMENT).unlink(missing_ok=True)
         elif path.exists():
             check_resumable(load_json(type(config), path), config, folder, say)
         save_json(config, path)
         yield
+
+
+def _locked(file: TextIO) -> bool:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # record lock: data workers do not inherit it
+    except OSError:
+        return False
+    return True
 
 
 def has_begun(folder: Path) -> bool:
@@ -84,6 +96,7 @@ def record_environment(folder: Path, device: torch.device, **decisions: Any) -> 
         "platform": platform.platform(),
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),  # that share the run
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
         "packages": {name: version for name in packages if (version := _version(name)) is not None},
@@ -102,7 +115,7 @@ def recorded_environment(folder: Path) -> dict[str, Any] | None:
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a request to stop after the step; a second SIGINT stops at once.
+    """Turns the first SIGINT, SIGTERM or SIGUSR1 into a request to stop after the step; a second SIGINT stops at once.
 
     A context manager; outside the main thread it does nothing, as Python delivers signals there only.
     """
@@ -112,7 +125,7 @@ class StopRequest:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             try:
                 self._previous[number] = signal.signal(number, self._receive)
             except ValueError:

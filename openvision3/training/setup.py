@@ -19,6 +19,7 @@ from openvision3.model.openvision3 import OpenVision3
 from openvision3.training.attach import BERT_VOCABULARY, load_initial
 from openvision3.training.checkpoint import named_tensors
 from openvision3.training.frozen import VAE, part_of, set_training
+from openvision3.training.parallel import Engine
 from openvision3.training.precision import Precision, choose_precision
 from openvision3.training.run_folder import record_environment, recorded_environment
 from openvision3.training.stages import Stage
@@ -130,11 +131,16 @@ def copy_weights(source: OpenVision3, target: OpenVision3, name: str, attach: Co
 
 
 def build_objective(
-    config: TrainConfig, stage: Stage, model: OpenVision3, precision: Precision, world: World = ALONE
+    config: TrainConfig,
+    stage: Stage,
+    model: OpenVision3,
+    precision: Precision,
+    world: World = ALONE,
+    engine: Engine | None = None,
 ) -> Objective:
     """Eq. 6 of a stage. LPIPS is loaded only where the stage's lambda is not 0."""
     weight = stage.config.lpips_weight
-    perceptual = load_lpips(config.loss.lpips_net).to(model.device) if weight > 0 else None
+    perceptual = load_lpips(config.loss.lpips_net).to(model.device, model.logit_scale.dtype) if weight > 0 else None
     return Objective(
         model,
         config.loss,
@@ -145,13 +151,14 @@ def build_objective(
         precision=precision,
         frozen=config.frozen,
         world=world,
+        engine=engine,
     )
 
 
 def settle_precision(config: TrainConfig, folder: Path, model: OpenVision3, stage: Stage) -> Precision:
     """The run's precision: as configured, or the faster by trial; recorded at the first start, kept at each resume."""
     recorded = recorded_environment(folder)
-    if recorded is not None and recorded.get("precision") in ("bf16", "fp32"):
+    if recorded is not None and recorded.get("precision") in ("bf16", "fp32", "fp64"):
         return recorded["precision"]
     trial = trial_batch(config, stage)
 

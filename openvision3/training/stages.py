@@ -84,6 +84,7 @@ def validate(config: TrainConfig) -> None:
         "the model has no decoder, text encoder or text decoder: no loss to train on",
     )
     _validate_parts(config)
+    _require(0 <= config.ema < 1, f"ema is {config.ema:g}: expected at least 0 and less than 1")
     for name, value, least in (
         ("loss.pixel_stride", config.loss.pixel_stride, 1),
         ("micro_batch", config.micro_batch, 0),
@@ -91,6 +92,8 @@ def validate(config: TrainConfig) -> None:
         ("keep_checkpoints", config.keep_checkpoints, 1),
         ("eval_every", config.eval_every, 0),
         ("checkpoint_every", config.checkpoint_every, 0),
+        ("keep_every", config.keep_every, 0),
+        ("max_skipped", config.max_skipped, 1),
     ):
         _require(value >= least, f"{name} is {value}: expected at least {least}")
 

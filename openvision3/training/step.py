@@ -9,6 +9,7 @@ processes (`World`): each has the losses' shares of its own samples, and exchang
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from openvision3.evaluation.perceptual import Perceptual
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.training.frozen import trained_losses
 from openvision3.training.noise import draw_noise
+from openvision3.training.parallel import Engine
 from openvision3.training.precision import Precision, autocast
 from openvision3.vae import FrozenVAE
 
@@ -74,7 +76,8 @@ class Objective:
 
     `lpips_weight` is the stage's lambda, and `perceptual` LPIPS on the model's device (None where lambda is 0). `seed`
     is the noise's. `micro_batch` is the number of samples a forward pass (0: all of this process). Losses of `frozen`
-    parts alone are left out, and a frozen encoder runs without a graph.
+    parts alone are left out, and a frozen encoder runs without a graph. `engine` runs the model's passes, and sums the
+    gradients of the processes that share the batch, `world`; without, each has its share of them.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Objective:
         precision: Precision = "fp32",
         frozen: Collection[ModelPart] = (),
         world: World = ALONE,
+        engine: Engine | None = None,
     ) -> None:
         assert (perceptual is None) == (lpips_weight == 0)
         wants_bias = model.text_encoder is not None and config.contrastive == "sigmoid"
@@ -96,15 +100,15 @@ class Objective:
         self.model, self.config, self.lpips_weight, self.perceptual = model, config, lpips_weight, perceptual
         self.seed, self.micro_batch = seed, micro_batch
         self.precision: Precision = precision
-        self.world = world
+        self.world, self.engine = world, engine or Engine(model)
         self.device, self.dtype = model.device, model.logit_scale.dtype
         self.trained, self.encoder_frozen = trained_losses(model.config, frozen), "encoder" in frozen
 
     def backward(self, batch: Batch) -> Losses:
         """Adds the gradient of Eq. 6 over `batch` to the parameters' `.grad`; records the tokens' rms in the model.
 
-        `batch` is this process's part of the global batch, of the same size in each process, and so the gradient is a
-        share: the sum over the processes is Eq. 6's.
+        `batch` is this process's part of the global batch, of the same size in each process. The gradients are summed
+        over the processes where there is an engine that does so.
 
         Returns every loss of the global batch by part, and temperature and rms, as detached scalars on the device:
         nothing waits for it.
@@ -113,6 +117,7 @@ class Objective:
         parts = list(self._micro_batches(batch))
         one = len(parts) == 1
         found = self._backward_whole(parts[0], counts) if one else self._backward_parts(parts, counts)
+        self.engine.finish()
         with torch.no_grad():
             found = self._summed(found)
             summary = self._combine(found)
@@ -122,29 +127,30 @@ class Objective:
         return {name: value.detach().clone() for name, value in {**found, **summary, **record}.items()}
 
     def _backward_whole(self, batch: MicroBatch, counts: Counts) -> Losses:
-        with autocast(self.device, self.precision):
-            tokens = self._encode(batch)
-            rms = self._record_rms(losses.mean_square(tokens) / self.world.size)
-            found = self._sample_losses(batch, tokens, rms, counts)
-            features = self._features(batch, tokens)
-        found |= self._contrastive(features)
-        self._combine(found)["total"].backward()
+        def run() -> tuple[Tensor, Losses]:
+            with autocast(self.device, self.precision):
+                tokens = self._encode(batch)
+                rms = self._record_rms(losses.mean_square(tokens) / self.world.size)
+                found = self._sample_losses(batch, tokens, rms, counts)
+                features = self._features(batch, tokens)
+            found |= self._contrastive(features)
+            return self._combine(found)["total"], found
+
+        total, found = self.engine(run)
+        total.backward()
         return found
 
     def _backward_parts(self, parts: list[MicroBatch], counts: Counts) -> Losses:
         mean_square = torch.zeros((), device=self.device, dtype=self.dtype)
         collected: list[Features] = []
-        for part in parts:
-            # A cast made by autocast without a graph must not be reused with one: each pass has its own context.
-            with torch.no_grad(), autocast(self.device, self.precision):
-                tokens = self._encode(part)
-                mean_square += losses.mean_square(tokens) * (len(tokens) / counts.samples)
-                features = self._features(part, tokens)
-            if features is not None:
+
+        def first_pass(part: MicroBatch) -> None:
+            tokens = self._encode(part)
+            mean_square.add_(losses.mean_square(tokens) * (len(tokens) / counts.samples))
+            if (features := self._features(part, tokens)) is not None:
                 collected.append(features)
-        rms = self._record_rms(mean_square)
-        found, gradients = self._contrastive_gradients(collected)
-        for number, part in enumerate(parts):
+
+        def second_pass(part: MicroBatch, number: int) -> tuple[Tensor, Losses]:
             with autocast(self.device, self.precision):
                 tokens = self._encode(part)
                 shares = self._sample_losses(part, tokens, rms, counts)
@@ -153,6 +159,16 @@ class Objective:
             if features is not None:
                 pairs = zip(features.tensors(), gradients[number], strict=True)
                 objective = objective + sum((feature * gradient).sum() for feature, gradient in pairs)
+            return objective, shares
+
+        for part in parts:
+            # A cast made by autocast without a graph must not be reused with one: each pass has its own context.
+            with torch.no_grad(), autocast(self.device, self.precision):
+                self.engine(partial(first_pass, part), last=False)
+        rms = self._record_rms(mean_square)
+        found, gradients = self._contrastive_gradients(collected)
+        for number, part in enumerate(parts):
+            objective, shares = self.engine(partial(second_pass, part, number), last=number == len(parts) - 1)
             objective.backward()
             for name, value in shares.items():
                 found[name] = found.get(name, 0) + value.detach()

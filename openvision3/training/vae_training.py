@@ -14,7 +14,7 @@ from openvision3.data.batches import begin_worker
 from openvision3.data.vae_crops import VAECrops
 from openvision3.evaluation.perceptual import Perceptual, load_lpips
 from openvision3.training import optimizer as optim
-from openvision3.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from openvision3.training.checkpoint import checkpoint_tensors, latest_checkpoint, load_checkpoint, save_checkpoint
 from openvision3.training.monitor import Monitor
 from openvision3.training.precision import Precision, autocast, choose_precision, resolve_device
 from openvision3.training.run_folder import (
@@ -110,9 +110,8 @@ def _train(config: VAETrainConfig, device: torch.device, folder: Path) -> Path:
                     monitor.say("  ".join(f"{name} {value:.2f}" for name, value in figures.items()))
             if _due(seen, config.batch_size, config.checkpoint_every) or step == steps or stop:
                 monitor.flush()
-                save_checkpoint(
-                    folder / "checkpoints", step, modules, optimizer, {"step": step}, keep=config.keep_checkpoints
-                )
+                tensors = checkpoint_tensors(modules, optimizer)
+                save_checkpoint(folder / "checkpoints", step, tensors, {"step": step}, keep=config.keep_checkpoints)
             if stop and step < steps:
                 raise RunInterrupted(f"stopped at {seen:,} samples; the same command resumes it", stop.signal_number)
     scale_latents(average, statistics_pictures(config), device)

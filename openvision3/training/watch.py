@@ -1,4 +1,4 @@
-"""Stops a run at the first loss that is not finite, and leaves the batch's ids on disk."""
+"""Steps whose losses or gradient are not finite: skipped and counted, and the end of a run after too many in a row."""
 
 import json
 from pathlib import Path
@@ -8,46 +8,52 @@ from torch import Tensor
 
 from openvision3.config import OpenVisionError
 from openvision3.data.batches import Batch
+from openvision3.distributed import ALONE, World
 
 
 class FiniteWatch:
-    """Collects each step's losses on the device, and looks at all of them when asked: one wait for many steps.
+    """Tells which steps to skip; `skipped` counts them over the whole run.
 
-    Weights may be spoilt by then, so look before saving or evaluating anything.
+    Losses and gradient norm are those of the global batch, so that all processes decide alike. After `limit` such steps
+    in a row the weights, or the data, are past mending.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._steps: list[tuple[int, list[int], list[str], dict[str, Tensor]]] = []
+    def __init__(self, folder: Path, limit: int, world: World = ALONE, skipped: int = 0) -> None:
+        self.folder, self.limit, self.world, self.skipped = folder, limit, world, skipped
+        self.in_a_row = 0  # steps skipped since the last that was not: no time to save anything
 
-    def add(self, step: int, batch: Batch, losses: dict[str, Tensor]) -> None:
-        """Remembers a step's batch and losses (scalars on the device)."""
-        self._steps.append((step, batch.positions, batch.keys, losses))
+    def skips(self, step: int, batch: Batch, losses: dict[str, Tensor], last: bool = False) -> bool:
+        """Whether some of the `losses` (scalars; the gradient's norm among them) is not finite; waits for the device.
 
-    def check(self) -> None:
-        """Raises `OpenVisionError` where a loss was not finite, with `bad_batch.json` written; else forgets them."""
-        if not self._steps:
-            return
-        table = torch.stack([torch.stack([value.float() for value in losses.values()]) for *_, losses in self._steps])
-        finite = table.isfinite().all(dim=1).tolist()
-        if not all(finite):
-            self._report(*self._steps[finite.index(False)])
-        self._steps.clear()
+        Raises `OpenVisionError` at the last step allowed, or the run's `last`, with the batch's samples written to
+        `bad_batch.json`.
+        """
+        finite = torch.stack([value.double() for value in losses.values()]).isfinite()
+        if bool(finite.all()):
+            self.in_a_row = 0
+            return False
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.in_a_row >= self.limit or last:
+            self._report(step, batch, losses)
+        return True
 
-    def _report(self, step: int, positions: list[int], keys: list[str], losses: dict[str, Tensor]) -> None:
-        numbers = {name: float(value) for name, value in losses.items()}
+    def _report(self, step: int, batch: Batch, losses: dict[str, Tensor]) -> None:
+        parts = self.world.gather_objects((batch.positions, batch.keys))
         wrong = [name for name, value in losses.items() if not value.isfinite()]
         record = {
             "step": step,
-            "losses": {name: value if name not in wrong else str(value) for name, value in numbers.items()},
-            "positions": positions,
-            "keys": keys,
+            "losses": {name: str(float(v)) if name in wrong else float(v) for name, v in losses.items()},
+            "positions": [position for positions, _ in parts for position in positions],
+            "keys": [key for _, keys in parts for key in keys],
         }
         path = self.folder / "bad_batch.json"
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
-        temporary.replace(path)
+        if self.world.rank == 0:
+            temporary = path.with_name(path.name + ".tmp")
+            temporary.write_text(json.dumps(record, indent=2) + "\n")
+            temporary.replace(path)
         raise OpenVisionError(
-            f"step {step}: {', '.join(wrong)} not finite; the batch's samples are in {path}. "
-            "Look at them, or lower the peak learning rate; the last checkpoint is from before"
+            f"step {step}: {', '.join(wrong)} not finite, as in all of the last {self.in_a_row} steps (max_skipped is "
+            f"{self.limit}); the batch's samples are in {path}. Look at them, or lower the peak learning rate; the "
+            "last checkpoint is from before"
         )
