@@ -232,7 +232,7 @@ class TrainConfig:
     attach: tuple[ModelPart, ...] = ()  # parts of `model` that are new: random, while `init` gives all else
     freeze: tuple[ModelPart, ...] = ()  # parts that stay as they are in `init`; those in `attach` are trained anyway
     vocabulary: Literal["demo", "bert"] = "demo"  # of attached text towers; "bert": 30,522 entries and longer texts
-    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"  # "auto": the faster, timed once at the start, then kept
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"  # "auto": the faster, timed at the start, then kept
     micro_batch: int = resumable(0)  # samples per forward pass; 0: all of a process. The losses are the whole batch's
     checkpoint_blocks: bool = resumable(False)  # recompute blocks in the backward pass: less memory, more time
     compile: bool = resumable(False)  # compile each transformer block: slow first steps, faster ones later

@@ -65,7 +65,7 @@ class World:
         return gathered
 
     def agree(self, decide: Callable[[], T]) -> T:
-        """What `decide` returns in the first process, in all of them; its `OpenVisionError` is raised in all of them."""
+        """What `decide` returns in the first process; an `OpenVisionError` there is raised in all of them."""
         if self.size == 1:
             return decide()
         outcome: list[Any] = [None, None]

@@ -21,7 +21,6 @@ from openvision3.training.checkpoint import (
 )
 from openvision3.training.optimizer import adamw, set_learning_rate
 
-
 TENSORS = "shard-00001-model-00001-of-00001.safetensors"
 
 

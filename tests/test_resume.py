@@ -21,7 +21,7 @@ from openvision3.config import OpenVisionError, VAEConfig
 from openvision3.data.batches import Batch
 from openvision3.evaluation import evaluate
 from openvision3.recipes import RECIPES
-from openvision3.training.checkpoint import checkpoints
+from openvision3.training.checkpoint import checkpoints, read_state
 from openvision3.training.loop import train
 from openvision3.training.monitor import read_records
 from openvision3.training.run_folder import RunInterrupted
@@ -168,7 +168,7 @@ def test_a_changed_config_is_refused(unbroken: Path, vae: VAEConfig, capsys: pyt
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, vae: VAEConfig) -> None:
     config = tiny_config(tmp_path / "run", vae, STEPS)
-    with pytest.raises(OpenVisionError, match=r"not finite; the batch's samples are in .*bad_batch.json"):
+    with pytest.raises(OpenVisionError, match=r"not finite, as in .* 3 steps .*; the batch's samples are in"):
         train(replace(config, max_skipped=3, stage1=replace(config.stage1, base_lr=1e38)), "cpu")
     record = json.loads((tmp_path / "run" / "bad_batch.json").read_text())
     first = 4 * (record["step"] - 1)
@@ -201,7 +201,7 @@ def test_a_step_that_is_not_finite_is_skipped(
     rows = read_records(folder / "metrics.jsonl")
     assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1, 1]
     assert rows[2]["grad_norm"] == "nan" and rows[1]["total"] == read_records(unbroken / "metrics.jsonl")[1]["total"]
-    assert json.loads((checkpoints(folder / "checkpoints")[-1] / "state.json").read_text())["state"]["skipped_steps"] == 1
+    assert read_state(checkpoints(folder / "checkpoints")[-1])["skipped_steps"] == 1
 
 
 def test_starting_from_another_model(tmp_path: Path, vae: VAEConfig, unbroken: Path) -> None:

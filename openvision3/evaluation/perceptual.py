@@ -33,7 +33,7 @@ class Perceptual(nn.Module):
         return super().train(False)
 
     def features(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """The five feature maps of images (B, 3, H, W) in [-1, 1], each a unit vector over channels, in fp32 or fp64."""
+        """The five feature maps of images (B, 3, H, W) in [-1, 1], each a unit vector over channels, fp32 at least."""
         return [_unit(at_least_fp32(features)) for features in self.network.net(self.network.scaling_layer(images))]
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

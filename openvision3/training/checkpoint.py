@@ -82,7 +82,7 @@ def save_checkpoint(
     lasting: bool = False,
     world: World = ALONE,
 ) -> Path:
-    """Writes `folder/step_N` whole or not at all, then removes older checkpoints but the newest `keep` and lasting ones.
+    """Writes `folder/step_N` whole or not at all, then removes all but the newest `keep` and those that are lasting.
 
     `state` is anything that `json` can write. Every process of `world` calls this; what they all have alike is written
     once. Returns the new folder. Raises `OpenVisionError` where it can't be written.

@@ -222,13 +222,12 @@ def train_stage(run: Run, stage: Stage) -> None:
         log = run.step % config.log_every == 0 or run.step == 1 or last
         evaluate = stage.due(run.step, config.eval_every)
         save = stage.due(run.step, config.checkpoint_every)
-        stopping = world.any(bool(run.stop), model.device)  # asked once: a signal may come at any moment
-        if log or save or stopping:
-            report_bad(run, seen)
         if log:
+            report_bad(run, seen)
             monitor.log(run.step, seen, log_row(run, learning_rate, losses))
         if evaluate:
             evaluate_now(run, stage, seen)
+        stopping = world.any(bool(run.stop), model.device)  # asked once: a signal may come at any moment
         if (save or stopping) and not run.watch.in_a_row:  # the weights may be what is wrong
             save_now(run, stage, optimizer, seen)
         if stopping and not last:
@@ -317,6 +316,7 @@ def whole_model(run: Run) -> OpenVision3 | None:
 
 def save_now(run: Run, stage: Stage, optimizer: Optimizer, samples_seen: int) -> None:
     """Saves a checkpoint, after the records that it counts on."""
+    report_bad(run, samples_seen)
     with run.monitor.paused():
         run.monitor.flush()
         state = {"samples_seen": samples_seen, "bad_samples": run.bad_samples, "skipped_steps": run.watch.skipped}

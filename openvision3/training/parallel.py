@@ -189,7 +189,8 @@ def compile_blocks(model: nn.Module) -> None:
 
     Parameters keep their names. The first steps are slow.
     """
-    setattr(torch._dynamo.config, "recompile_limit", max(COMPILED_VARIANTS, torch._dynamo.config.recompile_limit))
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = max(COMPILED_VARIANTS, dynamo.recompile_limit)
     for module in model.modules():
         if isinstance(module, Block):
             module.forward = torch.compile(module.forward)  # type: ignore[method-assign]
