@@ -161,7 +161,8 @@ class Sharded(_Shared):
         fully_shard(self.passes, mesh=mesh, ignored_params=whole)
         for module in self.passes.modules():
             if isinstance(module, FSDPModule):
-                module.set_gradient_divide_factor(1.0)  # sums, no means
+                module.set_gradient_divide_factor(1.0)  # sums, no means; gloo has no other reduction either
+                module.set_force_sum_reduction_for_comms(True)
         self.scalars = [p for p in model.parameters() if p.requires_grad and p.ndim == 0]
 
     def __call__(self, run: Callable[[], T], last: bool = True) -> T:
