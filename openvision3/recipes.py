@@ -115,25 +115,27 @@ def demo_vae() -> VAETrainConfig:
     return VAETrainConfig(recipe="demo_vae")
 
 
+_FLUX = VAEConfig(
+    kind="diffusers",
+    source="black-forest-labs/FLUX.1-schnell",
+    latent_scale=0.3611,
+    latent_shift=0.0,
+    licence="Apache-2.0",
+)
+
+
 def paper_b16() -> TrainConfig:
     """OpenVision 3 ViT-B/16 as published: 4000 + 400 epochs at 128 then 256 px. A cluster's work; try --dry-run.
 
     FLUX.1's VAE, BERT's vocabulary, Recap-DataComp tars under data/recap-datacomp (`jpg`, `txt`, `json` with the field
     `re_caption`). Source: OpenVision 3, section 3 and its table of hyperparameters; what it leaves open follows
     OpenVision 1 (text towers, optimizer) or is ours (see docs/METHOD.md).
+
+    On 64 GPUs: `torchrun --nnodes 8 --nproc-per-node 8 ... -m openvision3 train paper_b16` (docs/SCALING.md).
     """
     return TrainConfig(
         recipe="paper_b16",
-        model=ModelConfig(
-            name="openvision3-vit-base-patch2",
-            vae=VAEConfig(
-                kind="diffusers",
-                source="black-forest-labs/FLUX.1-schnell",
-                latent_scale=0.3611,
-                latent_shift=0.0,
-                licence="Apache-2.0",
-            ),
-        ),
+        model=ModelConfig(name="openvision3-vit-base-patch2", vae=_FLUX),
         data=DataConfig(
             source="data/recap-datacomp", caption_field="re_caption", crop_min_area=0.4, num_workers=8
         ),
@@ -141,10 +143,86 @@ def paper_b16() -> TrainConfig:
         stage2=StageConfig(256, 400 * EPOCH, 20 * EPOCH, 4096, 4e-7, lpips_weight=0.5),
         micro_batch=256,
         checkpoint_blocks=True,
+        compile=True,
         log_every=50,
         eval_every=50 * EPOCH,
         checkpoint_every=10 * EPOCH,
         keep_checkpoints=3,
+        keep_every=400 * EPOCH,
+        background_saves=True,
+    )
+
+
+def paper_l16() -> TrainConfig:
+    """OpenVision 3 ViT-L/16 as published: `paper_b16` with an encoder and text towers of L, the decoder B.
+
+    Parameters are sharded (FSDP2). On 64 GPUs: `torchrun --nnodes 8 --nproc-per-node 8 ... -m openvision3 train
+    paper_l16` (docs/SCALING.md). The decoder stays Base, as the paper found L unstable there.
+    """
+    base = paper_b16()
+    text = TransformerConfig(768, 12, 12, activation="gelu_tanh")  # OpenVision 1's for L
+    return replace(
+        base,
+        recipe="paper_l16",
+        model=replace(
+            base.model,
+            name="openvision3-vit-large-patch2",
+            embed_dim=1024,
+            encoder=TransformerConfig(1024, 24, 16),
+            text_encoder=TextEncoderConfig(text),
+            text_decoder=TextDecoderConfig(text),
+        ),
+        parallel="fsdp",
+        micro_batch=128,
+    )
+
+
+def b16_1000_200() -> TrainConfig:
+    """ViT-B/16 at the length of the paper's ablations, 1000 + 200 epochs: a replication on 8 GPUs of 80 GB.
+
+    `torchrun --standalone --nproc-per-node 8 -m openvision3 train b16_1000_200` (docs/SCALING.md has what it costs).
+    """
+    base = paper_b16()
+    return replace(
+        base,
+        recipe="b16_1000_200",
+        stage1=replace(base.stage1, samples=1000 * EPOCH),
+        stage2=replace(base.stage2, samples=200 * EPOCH),
+        eval_every=25 * EPOCH,
+        checkpoint_every=5 * EPOCH,
+        keep_every=200 * EPOCH,
+    )
+
+
+def s16_1gpu() -> TrainConfig:
+    """ViT-S/16 on one GPU of 24 GB, about a day: 16 + 2 epochs at 128 then 256 px of your own tars.
+
+    `ov3 train s16_1gpu --data.source TARS`. Smaller batches than the paper's, with a rate to match; pixels are decoded
+    for one sample in eight, as the FLUX decoder would otherwise take most of the time (docs/SCALING.md).
+    """
+    base = paper_b16()
+    small = TransformerConfig(384, 12, 6)
+    text = TransformerConfig(384, 6, 6, activation="gelu_tanh")
+    return replace(
+        base,
+        recipe="s16_1gpu",
+        model=replace(
+            base.model,
+            name="openvision3-vit-small-patch2",
+            embed_dim=384,
+            encoder=small,
+            decoder=replace(small, depth=6),
+            text_encoder=TextEncoderConfig(text),
+            text_decoder=TextDecoderConfig(text),
+        ),
+        loss=LossConfig(pixel_stride=8),
+        stage1=StageConfig(128, 16 * EPOCH, EPOCH, 1024, 1.2e-4),
+        stage2=StageConfig(256, 2 * EPOCH, EPOCH // 8, 512, 1.2e-5, lpips_weight=0.5),
+        micro_batch=128,
+        checkpoint_blocks=False,
+        eval_every=EPOCH,
+        checkpoint_every=EPOCH // 4,
+        keep_every=0,
     )
 
 
@@ -195,7 +273,10 @@ RECIPES: dict[str, Callable[[], TrainConfig | VAETrainConfig]] = {
     "quickstart": quickstart,
     "demo": demo,
     "demo_vae": demo_vae,
+    "s16_1gpu": s16_1gpu,
+    "b16_1000_200": b16_1000_200,
     "paper_b16": paper_b16,
+    "paper_l16": paper_l16,
     "attach_decoder": attach_decoder,
     "attach_text": attach_text,
 }

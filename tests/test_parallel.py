@@ -33,7 +33,9 @@ def run_world(size: int, folder: Path, cases: list[str]) -> list[dict[str, dict[
     script = Path(__file__).with_name("parallel_losses.py")
     (folder / f"engines{size}").unlink(missing_ok=True)
     processes = [
-        subprocess.Popen([sys.executable, script, str(rank), str(size), folder, *cases], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, script, str(rank), str(size), folder, *cases], stderr=subprocess.PIPE, text=True
+        )
         for rank in range(size)
     ]
     try:

@@ -31,7 +31,7 @@ from openvision3.distributed import ALONE, World
 from openvision3.model.blocks import Block
 from openvision3.training.precision import resolve_device
 
-TIMEOUT = datetime.timedelta(hours=1)  # that a process waits for the others: the first evaluates while they wait
+TIMEOUT = datetime.timedelta(minutes=30)  # that a process waits for the others: the first evaluates while they wait
 COMPILED_VARIANTS = 64  # of a block: by part, by shape, with and without gradient
 
 T = TypeVar("T")
