@@ -211,6 +211,10 @@ def test_starting_from_another_model(tmp_path: Path, vae: VAEConfig, unbroken: P
     weights, start = (load_file(run / "model" / "model.safetensors") for run in (folder, unbroken))
     different = [name for name in weights if not torch.equal(weights[name], start[name])]
     assert different == ["token_rms"]
+    for source in (unbroken, checkpoints(unbroken / "checkpoints")[-1]):
+        again = train(replace(still, init=str(source), out=str(tmp_path / source.name)), "cpu")
+        same = load_file(again / "model" / "model.safetensors")
+        assert all(torch.equal(same[name], weights[name]) for name in weights)
     other = tiny_config(tmp_path / "other", vae, 3, init=str(unbroken / "model"))
     with pytest.raises(OpenVisionError, match="init: .*model has decoder"):
         train(replace(other, model=replace(other.model, decoder=None)), "cpu")

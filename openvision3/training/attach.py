@@ -4,6 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from openvision3.config import (
     ExternalEncoderConfig,
     ModelConfig,
@@ -12,6 +14,7 @@ from openvision3.config import (
     TextEncoderConfig,
     TrainConfig,
     TransformerConfig,
+    load_json,
 )
 from openvision3.data.tokenizer import demo_tokenizer
 from openvision3.hub.encoders import encoder_kind, load_token_encoder, weights_sha256
@@ -19,6 +22,7 @@ from openvision3.hub.load import load, model_folder
 from openvision3.hub.released import is_released_folder
 from openvision3.model.folder import read_description
 from openvision3.model.openvision3 import OpenVision3
+from openvision3.training.checkpoint import STATE, checkpoints, load_checkpoint
 
 SETTLES = ("init", "attach", "vocabulary")  # fields of a recipe that decide what `attached` gives
 BERT_VOCABULARY = 30522
@@ -54,10 +58,13 @@ def attached(config: TrainConfig) -> TrainConfig:
 def load_initial(config: TrainConfig) -> OpenVision3 | None:
     """The model whose weights `config.init` gives to all parts that are not attached; None for CLIP or SigLIP.
 
-    It has its VAE where parts are attached, its folder holds the VAE and the run has no other. Raises
-    `OpenVisionError` for CLIP or SigLIP where the recipe's model has an encoder of its own.
+    `init` may be a run's folder, or one of its checkpoints: see `load_run`. The model has its VAE where parts are
+    attached, its folder holds the VAE and the run has no other. Raises `OpenVisionError` for CLIP or SigLIP where the
+    recipe's model has an encoder of its own.
     """
     folder = model_folder(config.init)
+    if is_run(folder):
+        return load_run(folder)
     if encoder_kind(folder) != "openvision3":
         if config.model.external is None:
             raise OpenVisionError(
@@ -70,6 +77,40 @@ def load_initial(config: TrainConfig) -> OpenVision3 | None:
         described, architecture = read_description(folder)
         packed = bool(config.attach) and architecture is not None and described.vae == config.model.vae
     return load(folder, vae="auto" if packed else None, device="cpu")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a training run, or a checkpoint of one."""
+    return (folder / STATE).is_file() or (folder / "checkpoints").is_dir()
+
+
+def load_run(folder: Path) -> OpenVision3:
+    """The model of a run's checkpoint, without VAE or tokenizer; of a run, that of its newest.
+
+    Of a run with averaged weights, these. Raises `OpenVisionError` where there is no checkpoint, or one that holds only
+    the parts that its run trains.
+    """
+    checkpoint = folder if (folder / STATE).is_file() else next(reversed(checkpoints(folder / "checkpoints")), None)
+    if checkpoint is None:
+        raise OpenVisionError(f"init: the run {folder} has no checkpoint yet")
+    config = load_json(TrainConfig, checkpoint.resolve().parents[1] / "config.json")
+    if config.frozen:
+        raise OpenVisionError(
+            f"init: checkpoints of {folder} hold only the parts that it trains; give the run's model/ when it is done"
+        )
+    model = OpenVision3(trained_model(config))
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    averages = {name: torch.empty_like(weight) for name, weight in weights.items()} if config.ema else {}
+    load_checkpoint(checkpoint, {"model": model, "average": averages})
+    for name, average in averages.items():
+        weights[name].copy_(average)
+    return model
+
+
+def trained_model(config: TrainConfig) -> ModelConfig:
+    """The recipe's model, with the parameters that its losses need."""
+    sigmoid = config.model.text_encoder is not None and config.loss.contrastive == "sigmoid"
+    return replace(config.model, logit_bias=sigmoid)
 
 
 def _external_model(source: str, folder: Path, recipe: ModelConfig) -> ModelConfig:

@@ -12,11 +12,12 @@ from openvision3.data.store import expand
 from openvision3.hub.encoders import load_external
 from openvision3.model.external import ExternalEncoder
 from openvision3.model.openvision3 import OpenVision3
+from openvision3.training.attach import is_run, trained_model
 from openvision3.training.checkpoint import checkpoint_step, checkpoints
 from openvision3.training.frozen import LOSSES, part_of, trained_losses
 from openvision3.training.memory import STATE_BYTES, activation_bytes
 from openvision3.training.precision import Precision, resolve_device
-from openvision3.training.setup import BERT_VOCABULARY, run_folder, trained_model
+from openvision3.training.setup import BERT_VOCABULARY, run_folder
 from openvision3.training.stages import Stage, plan, validate
 from openvision3.vae import TINY_FOLDER, FrozenVAE, load_vae
 
@@ -59,8 +60,10 @@ def missing_parts(config: TrainConfig) -> Iterator[str]:
             expand(source)
         except OpenVisionError as error:
             yield f"data: {error}"
-    if config.init and not config.attach and not (Path(config.init) / "config.json").is_file():
-        yield f"init: {config.init} is not a model folder"
+    if config.init and not config.attach and not (
+        (Path(config.init) / "config.json").is_file() or is_run(Path(config.init))
+    ):
+        yield f"init: {config.init} is neither a model folder nor a run"
     if config.model.input == "latents":
         yield from _missing_vae(config)
     texts = (config.model.text_encoder, config.model.text_decoder)

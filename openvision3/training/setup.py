@@ -16,7 +16,7 @@ from openvision3.evaluation.perceptual import load_lpips
 from openvision3.hub.encoders import load_external
 from openvision3.model.external import ExternalEncoder
 from openvision3.model.openvision3 import OpenVision3
-from openvision3.training.attach import BERT_VOCABULARY, load_initial
+from openvision3.training.attach import BERT_VOCABULARY, load_initial, trained_model
 from openvision3.training.checkpoint import named_tensors
 from openvision3.training.frozen import VAE, part_of, set_training
 from openvision3.training.parallel import Engine
@@ -52,12 +52,6 @@ def build_tokenizer(config: ModelConfig) -> CaptionTokenizer | None:
             f"(the demo's tokenizer) or {BERT_VOCABULARY} (BERT uncased) in both"
         )
     return tokenizer
-
-
-def trained_model(config: TrainConfig) -> ModelConfig:
-    """The recipe's model, with the parameters that its losses need."""
-    sigmoid = config.model.text_encoder is not None and config.loss.contrastive == "sigmoid"
-    return replace(config.model, logit_bias=sigmoid)
 
 
 def build_model(config: TrainConfig, device: torch.device, random: bool = True) -> OpenVision3:
