@@ -43,7 +43,11 @@ class Saver:
     def __init__(self, folder: Path, *, keep: int = 2, world: World = ALONE, background: bool = False) -> None:
         self.folder, self.keep = folder, keep
         # a group of its own: a thread's exchanges must not mix with the training's
-        self.world = World(world.rank, world.size, dist.new_group(backend="gloo")) if world.size > 1 else world
+        self.world = world
+        if world.size > 1:
+            group = dist.new_group(backend="gloo")
+            assert isinstance(group, dist.ProcessGroup)
+            self.world = World(world.rank, world.size, group)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
         self._under_way: Future[Path] | None = None
 
@@ -87,8 +91,9 @@ def save_checkpoint(
     `state` is anything that `json` can write. Every process of `world` calls this; what they all have alike is written
     once. Returns the new folder. Raises `OpenVisionError` where it can't be written.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     target, first = folder / f"step_{step}", world.rank == 0
     temporary = _hidden(target)
@@ -98,13 +103,13 @@ def save_checkpoint(
         dist.barrier(world.group)
     try:
         with _alone(world) as alone:
-            dcp.save(
+            save(
                 {name: _contiguous(tensor) for name, tensor in tensors.items()},
                 storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
                 process_group=world.group,
                 no_dist=alone,
             )
-    except (OSError, dcp.CheckpointException) as error:
+    except (OSError, CheckpointException) as error:
         raise OpenVisionError(f"{target} can't be written: {' '.join(str(error).split())[-300:]}") from None
     if first:
         files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
@@ -202,8 +207,9 @@ def load_checkpoint(
     reads its own part. Raises `OpenVisionError` where a tensor is missing, left over or of another shape, or a file
     can't be read.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     prefixes = tuple(ignore)
     state = read_state(path)
@@ -225,18 +231,18 @@ def load_checkpoint(
             raise OpenVisionError(f"{path}: {name} has shape {shape}, expected {tuple(tensor.shape)}")
     try:
         with _alone(world) as alone:
-            dcp.load(
+            load(
                 wanted,
                 storage_reader=HuggingFaceStorageReader(str(path)),
                 process_group=world.group,
                 no_dist=alone,
             )
-    except (OSError, SafetensorError, dcp.CheckpointException) as error:
+    except (OSError, SafetensorError, CheckpointException) as error:
         raise _unreadable(path, error) from None
     return state
 
 
-def _unreadable(path: Path, error: Exception) -> OpenVisionError:
+def _unreadable(path: Path, error: BaseException) -> OpenVisionError:
     reason = " ".join(str(error).split())[-300:]
     return OpenVisionError(f"{path} is not a readable checkpoint ({reason}); remove it to use an older one")
 

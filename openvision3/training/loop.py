@@ -157,7 +157,7 @@ def begin(
         raise OpenVisionError(
             f"{config.init} or the VAE has other weights than when {folder} began; it can't be resumed"
         )
-    precision = world.agree(lambda: settle_precision(config, folder, model, stages[0]))
+    precision: Precision = world.agree(lambda: settle_precision(config, folder, model, stages[0]))
     if precision == "fp64":
         model.double()
     if config.compile:

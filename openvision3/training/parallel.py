@@ -140,7 +140,7 @@ class Replicated(_Shared):
             return self.ddp(run)
 
 
-def _sum_bucket(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _sum_bucket(group: Any, bucket: Any) -> torch.futures.Future[Tensor]:
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
     assert work is not None
     return work.get_future().then(lambda future: future.value()[0])
