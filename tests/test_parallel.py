@@ -18,7 +18,11 @@ FP64 = [
 SIGMOID = [f"kind={kind},micro_batch=1,loss=sigmoid" for kind in KINDS]
 FP32 = [f"kind={kind},dtype=float32,micro_batch=1" for kind in KINDS]
 MUON = [f"kind={kind},dtype=float32,optimizer=muon" for kind in KINDS]
-COMPILED = [f"kind={kind},dtype=float32,micro_batch={micro},compile=1" for kind in KINDS for micro in (0, 2)]
+COMPILED = [
+    f"kind={kind},dtype=float32,micro_batch={micro},checkpointing={micro // 2},compile=1"
+    for kind in KINDS
+    for micro in (0, 2)
+]
 
 
 @pytest.fixture(scope="module")

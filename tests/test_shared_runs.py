@@ -62,7 +62,7 @@ def start(
 
 
 def finish(processes: Sequence[subprocess.Popen], seconds: float = SECONDS) -> list[str]:
-    """Waits for all processes; returns what they wrote on stderr."""
+    """Waits for all processes, at most so long; returns what they wrote on stderr."""
     end = time.monotonic() + seconds
     try:
         return [process.communicate(timeout=max(1.0, end - time.monotonic()))[1] for process in processes]
@@ -177,12 +177,14 @@ def killed_run(
             return done
         how = rng.choice(list(done))
         if rng.random() < 0.25:
+            how = "all"
             time.sleep(rng.uniform(0, 8))  # at any moment of the start, too
         else:
-            wait_for_steps(processes[0], folder / "metrics.jsonl", rng.randint(1, 2), SECONDS)
+            wait_for_steps(processes[0], folder / "metrics.jsonl", rng.randint(2, 4), SECONDS)
             time.sleep(rng.uniform(0, 0.02))
         kill(how, processes, rng, folder)
         errors = finish(processes, 120)  # the others notice, and end by themselves
+        assert not any("Traceback" in error for error in errors), "\n".join(errors)
         codes = [process.returncode for process in processes]
         if -signal.SIGKILL in codes:
             done[how] += 1

@@ -31,7 +31,7 @@ from openvision3.training.checkpoint import (
     write_folder,
 )
 from openvision3.training.ema import Average
-from openvision3.training.frozen import fingerprint, part_of, set_training, trained_losses, unsaved
+from openvision3.training.frozen import VAE, fingerprint, part_of, set_training, trained_losses, unsaved
 from openvision3.training.monitor import Monitor, NoMonitor
 from openvision3.training.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from openvision3.training.parallel import Engine, Sharded, build_engine, compile_blocks, open_world, whole_tensor
@@ -301,13 +301,14 @@ def whole_model(run: Run) -> OpenVision3 | None:
         return model if run.world.rank == 0 else None
     target = None
     if run.world.rank == 0:
-        target = OpenVision3(model.config, copy.deepcopy(model.vae), model.tokenizer)
+        target = OpenVision3(model.config, None, model.tokenizer).to(model.device)
+        if model.vae is not None:
+            target.attach_vae(copy.deepcopy(model.vae).float() if run.precision == "fp64" else model.vae)
         if isinstance(target.encoder, ExternalEncoder) and isinstance(model.encoder, ExternalEncoder):
             target.encoder.attach(model.encoder.tower)
-        target.to(model.device).float()
     averages = {} if run.average is None else run.average.values()
-    places = {} if target is None else named_tensors({"model": target})
-    for name, tensor in named_tensors({"model": model}).items():
+    places = {} if target is None else named_tensors({"model": target}, (VAE,))
+    for name, tensor in named_tensors({"model": model}, (VAE,)).items():
         value = whole_tensor(averages.get(name.removeprefix("model."), tensor))
         if target is not None:
             places[name].copy_(value)

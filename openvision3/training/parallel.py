@@ -31,7 +31,8 @@ from openvision3.distributed import ALONE, World
 from openvision3.model.blocks import Block
 from openvision3.training.precision import resolve_device
 
-TIMEOUT = datetime.timedelta(minutes=30)  # that a process waits for the others: the first evaluates while they wait
+START_TIMEOUT = datetime.timedelta(minutes=5)  # that a process waits for the others to come
+TIMEOUT = datetime.timedelta(minutes=30)  # and later for an answer: the first evaluates meanwhile
 COMPILED_VARIANTS = 64  # of a block: by part, by shape, with and without gradient
 
 T = TypeVar("T")
@@ -41,7 +42,8 @@ T = TypeVar("T")
 def open_world(device_name: str) -> Iterator[tuple[World, torch.device]]:
     """The processes of this run and this one's device: `cuda` means the one that LOCAL_RANK counts off.
 
-    Without WORLD_SIZE, or where it is 1, nothing is set up. Raises `OpenVisionError` where a variable is missing.
+    Without WORLD_SIZE, or where it is 1, nothing is set up. Raises `OpenVisionError` where a variable is missing, and
+    where another process is gone.
     """
     size = _number("WORLD_SIZE", 1)
     if size == 1:
@@ -56,9 +58,21 @@ def open_world(device_name: str) -> Iterator[tuple[World, torch.device]]:
         if name not in os.environ:
             raise OpenVisionError(f"WORLD_SIZE is {size}, but {name} is not set: start the processes with torchrun")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=size, timeout=TIMEOUT)
+    try:
+        store, *_ = next(dist.rendezvous("env://", rank, size, timeout=START_TIMEOUT))
+    except dist.DistError as error:
+        raise OpenVisionError(f"the processes of this run did not meet: {' '.join(str(error).split())[:200]}") from None
+    store.set_timeout(TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         yield World(rank, size), device
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            reason = " ".join(str(error).split())[:200]
+            raise OpenVisionError(
+                f"another process of this run has ended, and said why, or does not answer ({reason})"
+            ) from error
+        raise
     finally:
         dist.destroy_process_group()
 
