@@ -143,9 +143,7 @@ class Replicated(_Shared):
         ]
         left_out += [name for name, _ in self.passes.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.passes, left_out)
-        self.ddp = DistributedDataParallel(
-            self.passes, process_group=world.group, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        self.ddp = DistributedDataParallel(self.passes, process_group=world.group, gradient_as_bucket_view=True)
         self.ddp.register_comm_hook(world.group, _sum_bucket)
 
     def __call__(self, run: Callable[[], T], last: bool = True) -> T:
@@ -154,7 +152,10 @@ class Replicated(_Shared):
             return self.ddp(run)
 
 
-def _sum_bucket(group: Any, bucket: Any) -> torch.futures.Future[Tensor]:
+def _sum_bucket(
+    group: Any,
+    bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
+) -> torch.futures.Future[Tensor]:
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
     assert work is not None
     return work.get_future().then(lambda future: future.value()[0])
