@@ -116,7 +116,7 @@ def test_attempts_end(flaky: type[Flaky], fault: str) -> None:
 def test_what_trying_again_does_not_mend(flaky: type[Flaky]) -> None:
     flaky().pipe_file("/data/a", bytes(200))
     flaky.faults = ["forbid"]
-    with pytest.raises(StoreError, match="can't be read .PermissionError: 403"):
+    with pytest.raises(StoreError, match="can't be read or written .PermissionError: 403"):
         Store().read("flaky://data/a", 0, 100)
     flaky.faults = ["twice"]
     with pytest.raises(StoreError, match="a request for 100 bytes with 200"):

@@ -8,6 +8,7 @@ A position is found from the shards' sample counts alone. While counts are unkno
 windows before them are counted: the order does not depend on when that was.
 """
 
+import bisect
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class ShardOrder:
         if self.total is None and not self._reach(position):
             self.total = self._reached[-1]
         if self.total is None:
-            turn, number = 0, int(np.searchsorted(self._reached, position, side="right")) - 1
+            turn, number = 0, bisect.bisect_right(self._reached, position) - 1
             return self._windows(turn, number), position - self._reached[number]
         if self.total == 0:
             raise ValueError("no samples")
