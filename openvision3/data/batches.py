@@ -256,7 +256,7 @@ class _Batches(Dataset[Batch | _Failure]):
                     images.append(self._crop(sample.image, position))
                     for role, (rule, column) in enumerate(zip(self.texts, texts, strict=True)):
                         column.append(self._text(sample, rule, role, position))
-        except OpenVisionError as error:
+        except (OpenVisionError, OSError) as error:
             return _Failure(str(error))
         return Batch(
             positions,

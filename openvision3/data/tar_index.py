@@ -22,7 +22,7 @@ MAX_INDEX_BYTES = 512 * 2**20
 INDEX_VERSION = 2
 _REGULAR = (b"0", b"\0", b"7")
 _RECORDS = (b"x", b"g", b"L", b"K")  # they say something of the member that follows
-_EMPTY = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders: no content, whatever size they are said to have
+_EMPTY = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices and folders: no content, whatever size they claim
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\x28\xb5": "zstd", b"\xfd7": "xz"}
 _CHUNK = 1024  # headers whose checksums are computed together
 
