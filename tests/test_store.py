@@ -1,11 +1,13 @@
 """Reading from stores: retries and their bound, what is refused, and the same samples as from disk."""
 
+import gc
 import os
 import pickle
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -212,6 +214,7 @@ def test_a_large_tar_of_a_store_is_read_in_blocks(
     monkeypatch.setattr(module, "BLOCK", 4096)
     assert scan("flaky://data/2.tar").entries == scan(tars / "2.tar").entries
     assert len(flaky.calls) <= (tars / "2.tar").stat().st_size / 4096 + 13
+    assert len(set(flaky.calls)) == len(flaky.calls)  # nothing twice
 
 
 def test_a_store_survives_forks_and_pickling(flaky: type[Flaky], tars: Path) -> None:
@@ -258,6 +261,25 @@ def test_reads_of_a_parent_are_not_waited_for_by_its_child(flaky: type[Flaky], t
         threading.Timer(20, lambda: os._exit(2)).start()
         flaky.faults.clear()
         os._exit(0 if source.read(8).key else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_child_leaves_the_parents_connections_alone() -> None:
+    """s3fs closes them where a file system is no longer used, which fails in a forked child with tracebacks."""
+
+    class Cached(MemoryFileSystem):
+        protocol = "cached"
+        cachable = True
+
+    fsspec.register_implementation("cached", Cached, clobber=True)
+    store = Store()
+    store.write("cached://a", b"1")
+    parents = weakref.ref(store._system("cached://a"))
+    child = os.fork()
+    if child == 0:  # pragma: no cover
+        store.read("cached://a", 0, 1)
+        gc.collect()
+        os._exit(1 if parents() is None else 0)
     assert os.waitpid(child, 0)[1] == 0
 
 

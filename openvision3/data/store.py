@@ -33,6 +33,10 @@ FIRST_WAIT, LONGEST_WAIT = 0.1, 20.0  # seconds between attempts: doubled each t
 _FINAL = (IsADirectoryError, NotADirectoryError, PermissionError, NotImplementedError, ImportError)
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "abfs": "adlfs"}
 
+# Every file system that was opened. In a forked child those of the parent would else be cleaned up, and closing
+# connections that are not the child's ends in errors on its stderr.
+_opened: list[Any] = []
+
 Location = Path | str  # a local file, or a URL
 T = TypeVar("T")
 
@@ -260,6 +264,7 @@ class Store:
                     raise StoreError(f"{url}: {kind}:// needs another package: {hint}") from None
                 except Exception as error:
                     raise StoreError(f"{url}: can't be opened ({_one_line(error)})") from None
+                _opened.append(self._systems[host])
             return self._systems[host]
 
     def _bounded(self, url: str, method: str, *args: Any, **options: Any) -> Any:
@@ -342,6 +347,8 @@ class ForwardReader:
         size = min(self._most, self.size - offset)
         if size <= 0:
             return b""
+        if offset == self._start and len(self._block) == size:
+            return self._block
         if self._file is None or not isinstance(self.location, Path):
             return self.store.read(self.location, offset, size)
         descriptor = self._file.fileno()
