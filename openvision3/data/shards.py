@@ -23,7 +23,7 @@ from openvision3.config import DataConfig, OpenVisionError, SceneConfig
 from openvision3.data import demo, grammar
 from openvision3.data.filters import parse_filter
 from openvision3.data.library import Library
-from openvision3.data.order import MixtureOrder, ShardOrder, Window
+from openvision3.data.order import MixtureOrder, NoSamples, ShardOrder, Window
 from openvision3.data.samples import BadSample, Needed, Read, Sample, Source, make_sample, needed
 from openvision3.data.store import Location, Store, expand, name_of
 from openvision3.data.tar_index import Entry
@@ -204,7 +204,7 @@ class TarSource(Source):
     def _find(self, position: int) -> tuple[Window, int]:
         try:
             window, place = self.order.find(position)
-        except ValueError:
+        except NoSamples:
             raise self._nothing() from None
         if self.lazy and self.order.total is None and place >= INDEX_AHEAD * len(window):
             self._index_ahead(window.number + 1)

@@ -361,8 +361,7 @@ class ForwardReader:
             return self.store.read(self.location, offset, size)
         begin = offset - self._start
         if begin < 0 or begin + size > len(self._block):
-            self._start, begin = offset, 0
-            self._block = self.block(offset)
+            self._start, self._block, begin = offset, self.block(offset), 0
         return self._block[begin : begin + size]
 
     def close(self) -> None:
