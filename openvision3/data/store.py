@@ -340,6 +340,7 @@ class ForwardReader:
         self._file = None
         if isinstance(location, Path):
             self._file = store.local_call(location, lambda: location.open("rb", buffering=0))
+            self._descriptor = self._file.fileno()
         self._start, self._block = 0, b""
 
     def block(self, offset: int) -> bytes:
@@ -349,10 +350,12 @@ class ForwardReader:
             return b""
         if offset == self._start and len(self._block) == size:
             return self._block
-        if self._file is None or not isinstance(self.location, Path):
+        if self._file is None:
             return self.store.read(self.location, offset, size)
-        descriptor = self._file.fileno()
-        return self.store.local_call(self.location, lambda: os.pread(descriptor, size, offset))
+        try:
+            return os.pread(self._descriptor, size, offset)
+        except OSError as error:
+            raise StoreError(f"{self.location}: can't be read ({error.strerror or error})") from None
 
     def read(self, offset: int, size: int) -> bytes:
         """`size` bytes from `offset` on, or what there is of them."""

@@ -393,7 +393,7 @@ def member_name(header: bytes) -> str:
 
 
 def _text(field: bytes) -> str:
-    return field.split(b"\0", 1)[0].decode("utf-8", "replace")
+    return field.partition(b"\0")[0].decode("utf-8", "replace")
 
 
 def _read_pax(record: bytes) -> dict[str, str] | None:
