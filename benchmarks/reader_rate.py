@@ -1,7 +1,7 @@
 """Reader rate on demo tars against webdataset's reader on the same tars in the same run.
 
     pip install webdataset
-    ov3 data make-demo TARS --samples 10000
+    ov3 data make-demo --out TARS --samples 10000
     python benchmarks/reader_rate.py TARS [--workers 2] [--size 128] [--rounds 3] [--json FILE]
 
 Both decode every picture with Pillow, resize it to `size` (bilinear, as the training crop does), read its alt text and

@@ -1,7 +1,12 @@
 """Batches by position: the same whatever the workers, start and batch size; bad samples replaced and counted."""
 
+import contextlib
 import io
 import logging
+import os
+import signal
+import subprocess
+import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -336,3 +341,44 @@ def test_a_substitute_does_not_depend_on_what_is_counted(tmp_path: Path) -> None
     assert held(TarSource(tmp_path, config, cache=cache), 0) == whole
     assert held(TarSource(tmp_path, config, cache=cache), 90) == {p: row for p, row in whole.items() if p >= 90}
     assert held(TarSource(tmp_path, config, cache=tmp_path / "late"), 90) == {p: r for p, r in whole.items() if p >= 90}
+
+
+_SIGNALS = """
+import os, signal, sys, time
+import numpy as np
+from openvision3.config import OpenVisionError
+from openvision3.data.batches import BatchStream
+from openvision3.data.samples import Sample, Source
+
+class Slow(Source):
+    def read(self, position):
+        if position >= 48:
+            time.sleep(600)  # as a store that does not answer
+        return Sample("k", np.zeros((8, 8, 3), np.uint8), "a", "a")
+
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    signal.signal(number, lambda *_: None)
+for i, batch in enumerate(BatchStream(Slow(), None, 8, 8, 0, 800, contrastive_length=0, caption_length=0,
+                                      num_workers=2)):
+    if i == 0:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.killpg(0, number) if number != signal.SIGTERM else os.system(f"kill -TERM -{os.getpgrp()}")
+        time.sleep(0.5)
+    if i == 4:
+        time.sleep(1)  # by now both workers wait
+        raise OpenVisionError("this rank has had enough")
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")
+def test_workers_outlive_the_groups_signals_but_not_the_run() -> None:
+    """The group's signals leave them at work; a run that ends in an error does not wait for what they wait for."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SIGNALS], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        _, said = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 1 and said.strip().endswith("OpenVisionError: this rank has had enough"), said

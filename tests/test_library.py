@@ -1,6 +1,7 @@
 """Indexes of many shards: where they come from, who makes them, and what a cache folder keeps of them."""
 
 import multiprocessing
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from openvision3.commands import data as commands
 from openvision3.commands.train import resolve
 from openvision3.config import DataConfig, OpenVisionError, TrainConfig, differences, load_json, save_json
 from openvision3.data import library as module
+from openvision3.data.batches import BatchStream
 from openvision3.data.catalogue import CATALOGUE, read_catalogue
 from openvision3.data.filters import parse_filter
 from openvision3.data.library import Library
@@ -178,6 +180,11 @@ def test_counts_from_the_catalogue(tars: list[Path], tmp_path: Path, monkeypatch
     monkeypatch.setattr(module, "load_index", recorded)
     source = TarSource(tars)
     assert source.size == 26 and not loaded
+    whole = tars[1].read_bytes()
+    tars[1].write_bytes(whole[:-12_000])
+    assert commands.index((str(tars[1]),)) == 1  # cut short: its old count is not kept
+    assert sorted(read_catalogue(place, Store())) == ["0.tar", "2.tar", "3.tar", "4.tar", "5.tar"]
+    tars[1].write_bytes(whole)
     write_tar(tars[2], {f"{i}.txt": b"x" * 2000 for i in range(9)})
     save_index(scan(tars[2]))
     assert TarSource(tars).size == 26 + 8
@@ -189,7 +196,7 @@ def test_counts_from_the_catalogue(tars: list[Path], tmp_path: Path, monkeypatch
 
 def test_a_counts_file_that_is_broken_is_made_anew(tars: list[Path], tmp_path: Path) -> None:
     whole = keys(TarSource(tars, cache=tmp_path), range(26))
-    (counts,) = tmp_path.glob("*/counts.npy")
+    (counts,) = tmp_path.glob("*/counts")
     whole_file = counts.read_bytes()
     for junk in (b"", b"junk", whole_file[:-8], bytes(len(whole_file)), whole_file[:-24] + bytes(24)):
         (tmp_path / "junk").write_bytes(junk)
@@ -226,3 +233,47 @@ def test_the_command_lines_flags_reach_the_data(tars: list[Path], tmp_path: Path
     assert sample.alt == sample.caption and sample.meta["width"] >= 100
     changed = {name: again for name, _, _, again in differences(config.data, DataConfig(scenes=config.data.scenes))}
     assert changed == {"mixture": False, "weights": False, "filter": False, "alt_key": False, "store_attempts": True}
+
+
+def test_a_store_is_not_asked_again_and_again_while_another_process_indexes(
+    tars: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thousands of processes may wait for a window's index: each looks once for an index beside each tar."""
+    cache, looked = tmp_path / "cache", []
+    library = Library(tars, Store(), cache=cache)
+    load: Callable[..., Any] = module.load_index
+
+    def recorded(path: Path, store: Store | None = None, at: Location | None = None) -> TarIndex | None:
+        if at is None:
+            looked.append(path)
+        return load(path, store, at=at)
+
+    monkeypatch.setattr(module, "load_index", recorded)
+    monkeypatch.setattr(module, "POLL", 0.01)
+    assert library.cache is not None
+    locks = [module.FileLock(library.cache / "locks" / f"{number}.lock") for number in range(len(tars))]
+    for lock in locks:
+        lock.acquire()
+    thread = threading.Thread(target=library.count, args=(np.arange(len(tars)),), daemon=True)
+    thread.start()
+    module.time.sleep(0.5)
+    assert thread.is_alive() and sorted(looked) == tars
+    for lock in locks:
+        lock.release()
+    thread.join(30)
+    assert library.counts.tolist() == COUNTS
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_too_many_bad_samples_stop_a_run_without_an_index(tmp_path: Path, num_workers: int) -> None:
+    """The workers count the shards; the process that judges learns of it."""
+    for i in range(4):
+        members: dict[str, bytes] = {}
+        for j in range(50):
+            members |= {f"{i}-{j}.png": picture() if j else b"junk", f"{i}-{j}.txt": b"x"}
+        write_tar(tmp_path / f"{i}.tar", members)
+    source = TarSource(tmp_path, DataConfig(shuffle_window=2), cache=tmp_path / "cache")
+    stream = BatchStream(source, None, 8, 10, 0, 800, contrastive_length=0, caption_length=0, num_workers=num_workers)
+    with pytest.raises(OpenVisionError, match="of all 200 samples|of 1?[0-9]0 samples"):
+        list(stream)
+    assert stream.seen <= 200

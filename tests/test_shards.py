@@ -139,6 +139,20 @@ def test_folders_links_and_hidden_files_are_no_samples(tmp_path: Path) -> None:
     assert [entry.key for entry in scan(path).entries] == ["a"]
 
 
+def test_folders_and_links_that_claim_a_size_have_no_content(tmp_path: Path) -> None:
+    """As some writers have them, and as Python's tarfile reads them."""
+    path = tmp_path / "a.tar"
+    with path.open("wb") as file:
+        for name, kind, size in (("d", tarfile.DIRTYPE, 4096), ("l.txt", tarfile.LNKTYPE, 700), ("a.txt", b"0", 3)):
+            info = tarfile.TarInfo(name)
+            info.type, info.size = kind, size
+            file.write(info.tobuf(tarfile.USTAR_FORMAT))
+        file.write(b"abc" + bytes(509 + 1024))
+    with tarfile.open(path) as tar:
+        assert tar.getnames() == ["d", "l.txt", "a.txt"]
+    assert scan(path).entries[0].members == {"txt": (1536, 3)} and not scan(path).broken
+
+
 def test_stale_or_broken_indexes_are_not_used(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", {"a.txt": b"one"})
     good = json.loads(Path(save_index(scan(path))).read_text())
@@ -272,6 +286,9 @@ def test_texts_of_a_sample(tmp_path: Path) -> None:
     assert read({"a.txt": b"alt"}) == ("alt", "alt")
     assert read({"a.json": b'{"caption": "only"}'}) == ("only", "only")
     assert read({"a.alt": b"x", "a.txt": b"y"}, alt_key="alt") == ("x", "x")
+    assert read({"a.ALT": b"x", "a.txt": b"y"}, alt_key="ALT", image_key="PNG") == ("x", "x")
+    assert read({"a.txt": b"x", "a.Syn": b"y"}, caption_field=".Syn", image_key=".png") == ("x", "y")
+    assert read({"a.txt": b"x", "a.caption": bytes(2 * 2**20)}) == ("x", "x")  # a field's name, not this member's
     assert read({"a.txt": b"", "a.json": b'{"caption": "only"}'}) == ("only", "only")
     assert read({"a.txt": b"alt", "a.json": b'{"caption": null}'}) == ("alt", "alt")
     assert read({"a.txt": "été".encode()}) == ("été", "été")
@@ -380,6 +397,10 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (out / "junk.tar").write_bytes(b"junk")
     assert commands.index((str(out / "junk.tar"), str(out / "000000.tar"))) == 1
     assert "junk.tar: is not a tar" in capsys.readouterr().err and load_index(out / "000000.tar") is not None
+    assert commands.check((str(out),)) == 1  # the others are read all the same
+    said = capsys.readouterr()
+    assert "junk.tar: is not a tar" in said.err and f"{bad}/b: its png" in said.err
+    assert "8 samples in 3 tars" in said.out
     for wrong in ({"samples": 0}, {"size": 5000}, {"num_names": 9999}, {"split": demo.BENCHMARK, "samples": 1001}):
         with pytest.raises(OpenVisionError):
             commands.make_demo(tmp_path / "wrong", **wrong)  # type: ignore[arg-type]

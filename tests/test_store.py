@@ -1,9 +1,13 @@
 """Reading from stores: retries and their bound, what is refused, and the same samples as from disk."""
 
+import gc
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,7 +120,7 @@ def test_attempts_end(flaky: type[Flaky], fault: str) -> None:
 def test_what_trying_again_does_not_mend(flaky: type[Flaky]) -> None:
     flaky().pipe_file("/data/a", bytes(200))
     flaky.faults = ["forbid"]
-    with pytest.raises(StoreError, match="can't be read .PermissionError: 403"):
+    with pytest.raises(StoreError, match="can't be read or written .PermissionError: 403"):
         Store().read("flaky://data/a", 0, 100)
     flaky.faults = ["twice"]
     with pytest.raises(StoreError, match="a request for 100 bytes with 200"):
@@ -210,6 +214,7 @@ def test_a_large_tar_of_a_store_is_read_in_blocks(
     monkeypatch.setattr(module, "BLOCK", 4096)
     assert scan("flaky://data/2.tar").entries == scan(tars / "2.tar").entries
     assert len(flaky.calls) <= (tars / "2.tar").stat().st_size / 4096 + 13
+    assert len(set(flaky.calls)) == len(flaky.calls)  # nothing twice
 
 
 def test_a_store_survives_forks_and_pickling(flaky: type[Flaky], tars: Path) -> None:
@@ -225,3 +230,109 @@ def test_a_store_survives_forks_and_pickling(flaky: type[Flaky], tars: Path) -> 
         source.prepare([8, 9])
         os._exit(0 if source.read(8).key == again.read(8).key else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_process_does_not_wait_for_reads_at_its_end() -> None:
+    """Else a run that ended with one line would stay for as long as a dead store is asked again."""
+    program = """
+import fsspec, threading
+from fsspec.implementations.memory import MemoryFileSystem
+from openvision3.data.store import Store
+class Dead(MemoryFileSystem):
+    protocol = "dead"
+    def cat_file(self, *arguments, **options):
+        threading.Event().wait()
+fsspec.register_implementation("dead", Dead)
+store = Store()
+reads = [store.submit("dead://data/a", 0, 10) for _ in range(40)]
+threading.Event().wait(0.5)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=30)
+
+
+def test_reads_of_a_parent_are_not_waited_for_by_its_child(flaky: type[Flaky], tars: Path) -> None:
+    """A fork takes no threads along: what they were about to fetch is fetched anew."""
+    put(flaky, tars)
+    source = TarSource("flaky://data", DataConfig(seed=1))
+    flaky.faults = ["hang"] * 9
+    source.prepare([8, 9])
+    child = os.fork()
+    if child == 0:  # pragma: no cover
+        threading.Timer(20, lambda: os._exit(2)).start()
+        flaky.faults.clear()
+        os._exit(0 if source.read(8).key else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_child_leaves_the_parents_connections_alone() -> None:
+    """s3fs closes them where a file system is no longer used, which fails in a forked child with tracebacks."""
+
+    class Cached(fsspec.AbstractFileSystem):
+        protocol = "cached"
+
+        def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+            return b"1"
+
+    fsspec.register_implementation("cached", Cached, clobber=True)
+    store = Store()
+    assert store.read("cached://a", 0, 1) == b"1"
+    parents = weakref.ref(store._system("cached://a"))
+    child = os.fork()
+    if child == 0:  # pragma: no cover
+        store.read("cached://a", 0, 1)
+        gc.collect()
+        os._exit(1 if parents() is None else 0)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_hosts_are_kept_apart() -> None:
+    """Stores whose file systems are bound to a host, such as ftp and abfs."""
+
+    class Hosts(MemoryFileSystem):
+        protocol = "hosts"
+
+        def __init__(self, host: str, **options: Any):
+            super().__init__(**options)
+            self.host = host
+
+        @staticmethod
+        def _get_kwargs_from_urls(path: str) -> dict[str, str]:
+            return {"host": path.split("/")[2]}
+
+        def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+            return self.host.encode()
+
+    fsspec.register_implementation("hosts", Hosts, clobber=True)
+    store = Store()
+    assert [store.read(f"hosts://{host}/x", 0, 1) for host in "ab"] == [b"a", b"b"]
+    with pytest.raises(OpenVisionError, match="chained URLs"):
+        expand("zip://a.tar::s3://b/c.zip")
+
+
+def test_what_can_not_be_written_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="none/a.idx.json: can't be written"):
+        Store().write(tmp_path / "none" / "a.idx.json", b"x")
+
+
+def test_members_far_apart_are_read_one_by_one(flaky: type[Flaky], tmp_path: Path) -> None:
+    """What else a sample holds is neither fetched nor kept; nor is more fetched ahead than there is room for."""
+    film = bytes(3 * shards.JOIN_GAP)
+    members = {f"{i}.{name}": data for i in range(4) for name, data in (
+        ("png", picture()), ("mp4", film if i < 2 else b""), ("txt", b"x"))}  # fmt: skip
+    write_tar(tmp_path / "a.tar", members)
+    put(flaky, tmp_path)
+    source = TarSource("flaky://data", shuffle=False)
+    flaky.calls.clear()
+    source.prepare([0, 1, 2, 3])
+    assert sorted(number for _, number in source._fetched) == [2, 3]
+    assert [source.read(position).key for position in range(4)] == list("0123")
+    spans = [tuple(map(int, call.split(":")[1].split("-"))) for call in flaky.calls]
+    assert len(spans) == 5 and all(end - begin < len(film) for begin, end in spans)
+
+
+def test_what_is_fetched_ahead_is_bounded(flaky: type[Flaky], tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(flaky, tars)
+    source = TarSource("flaky://data", shuffle=False)
+    monkeypatch.setattr(shards, "MAX_AHEAD", 9000)
+    source.prepare(list(range(12)))
+    assert 0 < len(source._fetched) < 12 and source.read(11).key == "0-11"

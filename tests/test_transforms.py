@@ -310,3 +310,13 @@ def test_broken_files_never_raise_anything_else(tmp_path: Path) -> None:
                 assert load_image(path).mode == "RGB"
             except OpenVisionError as error:
                 assert "\n" not in str(error)
+
+
+def test_no_other_program_decodes_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow would hand PostScript to Ghostscript, whatever the file is called."""
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was called"))
+    (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n")
+    with pytest.raises(OpenVisionError, match="a.jpg: is not a picture of a known format"):
+        load_image(tmp_path / "a.jpg")

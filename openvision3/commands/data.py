@@ -1,6 +1,7 @@
 """`ov3 data ...`: write the demo's scenes as tars, index tars, and check every sample of them."""
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -89,9 +90,11 @@ def index(paths: Paths, workers: int = 0, output: Output = OutputOptions()) -> i
     refuse_existing(output.json, output.overwrite)
     tars, store = expand(paths), Store()
     rows, failed = [], 0
-    folders: dict[Any, dict[str, tuple[int, int]]] = {}
+    folders: dict[Any, dict[str, tuple[int, int] | None]] = {}
     with Progress(len(tars), "tars") as progress:
         for tar, found in zip(tars, _indexed(tars, workers or os.cpu_count() or 1), strict=True):
+            counts = folders.setdefault(sibling(tar, CATALOGUE), {})
+            counts[name_of(tar)] = None  # one that is broken is looked at whenever it is opened
             if isinstance(found, str):
                 fail(found)
                 failed += 1
@@ -101,8 +104,8 @@ def index(paths: Paths, workers: int = 0, output: Output = OutputOptions()) -> i
                 if broken:
                     fail(f"{tar}: {broken}")
                     failed += 1
-                else:  # one that is broken is looked at whenever it is opened
-                    folders.setdefault(sibling(tar, CATALOGUE), {})[name_of(tar)] = (size, samples)
+                else:
+                    counts[name_of(tar)] = (size, samples)
             progress.advance(1)
     for place, counts in folders.items():
         write_catalogue(place, counts, store)
@@ -120,7 +123,8 @@ def _indexed(tars: "Sequence[Location]", workers: int) -> Iterator[tuple[int, in
     if min(workers, len(tars)) < 2:
         yield from map(_index_one, tars)
         return
-    with ProcessPoolExecutor(min(workers, len(tars))) as pool:
+    # Ctrl-C is this process's to answer
+    with ProcessPoolExecutor(min(workers, len(tars)), None, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         yield from pool.map(_index_one, tars, chunksize=min(16, -(-len(tars) // workers)))
 
 
@@ -161,7 +165,7 @@ def check(
 
     refuse_existing(output.json, output.overwrite)
     config = DataConfig(image_key=image_key, alt_key=alt_key, caption_field=caption_field, filter=filter)
-    source = TarSource(paths, config, shuffle=False)
+    source = TarSource(paths, config, shuffle=False, lenient=True)
     for path, reason in source.broken:
         fail(f"{path}: {reason}")
     bad: list[tuple[str, str]] = []

@@ -14,9 +14,11 @@ samples of its own share, and raises by its own count: a rank that raises must e
 
 import logging
 import math
+import os
 import random
 import re
 import signal
+import threading
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -181,11 +183,23 @@ def _draw(what: str, below: int) -> int:
 
 
 def begin_worker(worker: int) -> None:
-    """One thread a worker process; a signal to the whole group is the training's to answer, not the workers'."""
+    """One thread a worker process; a signal to the whole group is the training's to answer, not the workers'.
+
+    Only where the training itself tells a worker to end, it does so at once, in the middle of whatever it waits for.
+    """
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # before there is another thread, which inherits it
+        threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 class _Batches(Dataset[Batch | _Failure]):
@@ -242,7 +256,7 @@ class _Batches(Dataset[Batch | _Failure]):
                     images.append(self._crop(sample.image, position))
                     for role, (rule, column) in enumerate(zip(self.texts, texts, strict=True)):
                         column.append(self._text(sample, rule, role, position))
-        except OpenVisionError as error:
+        except (OpenVisionError, OSError) as error:
             return _Failure(str(error))
         return Batch(
             positions,

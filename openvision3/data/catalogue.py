@@ -25,7 +25,11 @@ def read_catalogue(place: Location, store: Store) -> dict[str, tuple[int, int]]:
     return tars if whole else {}
 
 
-def write_catalogue(place: Location, tars: dict[str, tuple[int, int]], store: Store) -> None:
-    """Writes the catalogue of a folder, adding to what is there already."""
-    data = {"format_version": CATALOGUE_VERSION, "tars": {**read_catalogue(place, store), **tars}}
+def write_catalogue(place: Location, tars: dict[str, tuple[int, int] | None], store: Store) -> None:
+    """Writes the catalogue of a folder, adding to what is there already; with None, a tar is taken out."""
+    before = read_catalogue(place, store)
+    after = {name: known for name, known in {**before, **tars}.items() if known}
+    if after == before:
+        return
+    data = {"format_version": CATALOGUE_VERSION, "tars": after}
     store.write(place, (json.dumps(data, separators=(",", ":")) + "\n").encode())

@@ -30,7 +30,7 @@ from openvision3.data.tar_index import NotATar, TarIndex, load_index, save_index
 log = logging.getLogger(__name__)
 
 LOCKS = 64  # lock files of a cache folder
-POLL = 0.2  # seconds
+POLL, LONGEST_POLL = 0.2, 2.0  # seconds
 
 
 class Library:
@@ -60,6 +60,7 @@ class Library:
         if condition is None and (self.counts < 0).any():
             self._read_catalogues()
         self._indexes: OrderedDict[int, TarIndex] = OrderedDict()
+        self._unindexed: set[int] = set()  # shards without an index beside them, as long as one is waited for
         self._made: dict[int, TarIndex] = {}  # without a cache folder: what could not be loaded again
         self._lock, self._pid = threading.RLock(), os.getpid()
 
@@ -73,16 +74,27 @@ class Library:
 
     def count(self, numbers: np.ndarray) -> None:
         """Fills in the counts of these shards, making the indexes that are missing."""
-        self.counts[numbers] = np.maximum(self.counts[numbers], self._stored[numbers] - 1)
-        waiting = [int(number) for number in numbers if self.counts[number] < 0]
-        if self.cache:  # each process begins elsewhere
-            turn = random.Random(f"{os.getpid()} {time.monotonic_ns()}").randrange(len(waiting) or 1)
-            waiting = waiting[turn:] + waiting[:turn]
-        while waiting:
-            busy = [number for number in waiting if self.counts[number] < 0 and self._index(number, wait=False) is None]
-            if len(busy) == len(waiting):
-                time.sleep(POLL)
-            waiting = busy
+        pause = POLL
+        while True:
+            self.counts[numbers] = np.maximum(self.counts[numbers], self._stored[numbers] - 1)  # by other processes too
+            waiting = [int(number) for number in numbers if self.counts[number] < 0]
+            if not waiting:
+                return
+            if self.cache:  # each process begins elsewhere
+                turn = random.Random(f"{os.getpid()} {time.monotonic_ns()}").randrange(len(waiting))
+                waiting = waiting[turn:] + waiting[:turn]
+            for number in waiting:
+                if not self._stored[number]:
+                    self._index(number, wait=False)
+            if (self.counts[waiting] < 0).all() and not self._stored[waiting].any():
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_POLL)
+
+    def all_counted(self) -> bool:
+        """Whether this and the other processes together have counted all shards; then `counts` has them."""
+        if self._stored.all():
+            self.counts[:] = np.maximum(self.counts, self._stored - 1)
+        return bool((self.counts >= 0).all())
 
     def index(self, number: int) -> TarIndex:
         """The index of a shard. Raises `OpenVisionError` where its samples are not as many as they were counted."""
@@ -95,11 +107,11 @@ class Library:
         if self._pid != os.getpid():  # forked, perhaps while another thread held the lock
             self._lock, self._pid = threading.RLock(), os.getpid()
         with self._lock:
-            index = self._indexes.get(number) or self._made.get(number)
-            if index is not None:
-                if number in self._indexes:
-                    self._indexes.move_to_end(number)
-                return index
+            if number in self._indexes:
+                self._indexes.move_to_end(number)
+                return self._indexes[number]
+            if number in self._made:
+                return self._made[number]
         index = self._load(number, wait)
         if index is None:
             return None
@@ -124,25 +136,35 @@ class Library:
         if self.cache is None:
             index = load_index(shard, self.store)
             if index is None or self.condition is not None:
-                index = self._made[number] = self._filtered(index or self._scan(number))
+                index = self._made[number] = self._filtered(self._scan(number) if index is None else index)
             return index
         place = self.cache / f"{number // 1000:05d}" / f"{number}.idx.json"
         index = load_index(shard, self.store, at=place)
         if index is None and self.condition is None:
-            index = load_index(shard, self.store)
+            index = self._beside(number)
         if index is not None:
             return index
         try:
             with FileLock(self.cache / "locks" / f"{number % LOCKS}.lock", timeout=-1 if wait else 0):
                 index = load_index(shard, self.store, at=place)  # another process may have made it meanwhile
                 if index is None:
-                    beside = None if self.condition is None else load_index(shard, self.store)
-                    index = self._filtered(beside or self._scan(number))
+                    beside = None if self.condition is None else self._beside(number)
+                    index = self._filtered(self._scan(number) if beside is None else beside)
                     place.parent.mkdir(exist_ok=True)
                     save_index(index, self.store, to=place)
-                return index
         except Timeout:
             return None
+        self._unindexed.discard(number)
+        return index
+
+    def _beside(self, number: int) -> TarIndex | None:
+        """The index beside a tar. Where there is none, the store is not asked again while another process makes one."""
+        if number in self._unindexed:
+            return None
+        index = load_index(self.shards[number], self.store)
+        if index is None:
+            self._unindexed.add(number)
+        return index
 
     def _scan(self, number: int) -> TarIndex:
         shard = self.shards[number]
@@ -159,15 +181,15 @@ class Library:
         if self.condition is None:
             return index
         reader, kept = ForwardReader(self.store, index.path), []
-        for number in range(len(index)):
-            offset, size = index.entry(number).members.get("json", (0, 0))
-            meta: dict[str, Any] = {}
-            if 0 < size <= MAX_MEMBER_BYTES["text"]:
-                with contextlib.suppress(BadSample):  # reading the sample will say so, should the filter keep it
-                    meta = parse_json("", reader.read(offset, size))
-            if self.condition(meta):
-                kept.append(number)
-        reader.close()
+        with contextlib.closing(reader):
+            for number in range(len(index)):
+                offset, size = index.entry(number).members.get("json", (0, 0))
+                meta: dict[str, Any] = {}
+                if 0 < size <= MAX_MEMBER_BYTES["text"]:
+                    with contextlib.suppress(BadSample):  # reading the sample will say so, should the filter keep it
+                        meta = parse_json("", reader.read(offset, size))
+                if self.condition(meta):
+                    kept.append(number)
         return index.select(kept)
 
     def _open_stored(self) -> np.ndarray:
@@ -175,17 +197,18 @@ class Library:
 
         With a cache folder it is a file that all processes write to.
         """
-        unknown = np.zeros(len(self.shards), np.int64)
+        size = len(self.shards)
         if self.cache is None:
-            return unknown
-        path = self.cache / "counts.npy"
+            return np.zeros(size, np.int64)
+        path = self.cache / "counts"
         (self.cache / "locks").mkdir(parents=True, exist_ok=True)
         with FileLock(self.cache / "locks" / "counts.lock"):
-            if not _fits(path, unknown):
-                temporary = path.with_name("counts.tmp.npy")
-                np.save(temporary, unknown)
+            # looked at first: a mapped file that is too short would be made longer
+            if not (path.is_file() and path.stat().st_size == 8 * size and (np.fromfile(path, "<i8") >= 0).all()):
+                temporary = path.with_name("counts.tmp")
+                temporary.write_bytes(bytes(8 * size))
                 temporary.replace(path)
-            return np.load(path, mmap_mode="r+")
+            return np.memmap(path, "<i8", "r+")
 
     def _read_catalogues(self) -> None:
         """Takes counts from the catalogues that `ov3 data index` wrote, where the tars have the sizes of then."""
@@ -197,15 +220,6 @@ class Library:
             known = catalogues[place].get(name_of(shard))
             if known and (not isinstance(shard, Path) or self.store.size(shard) == known[0]):
                 self.counts[number] = known[1]
-
-
-def _fits(path: Path, unknown: np.ndarray) -> bool:
-    """Whether a file holds counts (it is read whole first: a mapped file that is too short would be made longer)."""
-    try:
-        counts = np.load(path)
-    except (OSError, ValueError, EOFError):
-        return False
-    return counts.dtype == unknown.dtype and counts.shape == unknown.shape and bool((counts >= 0).all())
 
 
 def _fingerprint(shards: Sequence[Location], condition: str) -> str:

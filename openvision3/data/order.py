@@ -8,6 +8,7 @@ A position is found from the shards' sample counts alone. While counts are unkno
 windows before them are counted: the order does not depend on when that was.
 """
 
+import bisect
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 
 TURN, BLOCKS, MIXTURE = 1, 2, 3  # tags that keep draws for different ends apart
+
+
+class NoSamples(ValueError):
+    """All shards are counted, and there is no sample in them."""
 
 
 def permutation(size: int, *key: int) -> np.ndarray:
@@ -70,14 +75,14 @@ class ShardOrder:
         return np.sort(self._shards(turn)[number * self.width : (number + 1) * self.width])
 
     def find(self, position: int) -> tuple[Window, int]:
-        """The window of a position and the place in it. Raises `ValueError` where there is no sample at all."""
+        """The window of a position and the place in it. Raises `NoSamples` where there is none at all."""
         if self.total is None and not self._reach(position):
             self.total = self._reached[-1]
         if self.total is None:
-            turn, number = 0, int(np.searchsorted(self._reached, position, side="right")) - 1
+            turn, number = 0, bisect.bisect_right(self._reached, position) - 1
             return self._windows(turn, number), position - self._reached[number]
         if self.total == 0:
-            raise ValueError("no samples")
+            raise NoSamples("no samples")
         turn, place = divmod(position, self.total)
         starts = self._starts(turn)
         number = int(np.searchsorted(starts, place, side="right")) - 1

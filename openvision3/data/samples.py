@@ -70,14 +70,19 @@ class Needed:
     begin: int
     end: int
 
+    @property
+    def together(self) -> bool:
+        """Whether little else lies between the members, so that one read of the stretch gets them all."""
+        return self.end - self.begin <= sum(size for _, size in self.members.values()) + MAX_GAP
+
 
 def needed(entry: Entry, config: DataConfig) -> Needed:
     """What `make_sample` wants of a sample. Raises `BadSample` where there is no picture, or a member is too large."""
-    names = (config.image_key,) if config.image_key else IMAGE_EXTENSIONS
+    names = (config.image_key.removeprefix(".").lower(),) if config.image_key else IMAGE_EXTENSIONS
     image = next((name for name in names if name in entry.members), None)
     if image is None:
         raise BadSample(entry.key, f"has no picture ({', '.join(names)})")
-    wanted = [image, *{"json", config.alt_key, config.caption_field.removeprefix(".")}]
+    wanted = {image, "json", _member(config.alt_key, "txt"), _member(config.caption_field, "json")}
     members = {name: place for name, place in entry.members.items() if name in wanted}
     for name, (_, size) in members.items():
         most = MAX_MEMBER_BYTES["image" if name == image else "text"]
@@ -89,14 +94,13 @@ def needed(entry: Entry, config: DataConfig) -> Needed:
 
 def contents(entry: Entry, needed: Needed, read: Read) -> dict[str, bytes]:
     """The bytes of the members, in one read where they lie together. Raises `BadSample` where the tar holds others."""
-    together = needed.end - needed.begin <= sum(n for _, n in needed.members.values()) + MAX_GAP
-    whole = read(needed.begin, needed.end - needed.begin) if together else b""
+    whole = read(needed.begin, needed.end - needed.begin) if needed.together else b""
     found: dict[str, bytes] = {}
     for name, (offset, size) in needed.members.items():
         begin = max(0, offset - BLOCK)
         data = (
             whole[begin - needed.begin : offset - needed.begin + size]
-            if together
+            if needed.together
             else read(begin, offset + size - begin)
         )
         if len(data) < offset + size - begin:
@@ -135,12 +139,22 @@ def parse_json(key: str, data: bytes) -> dict[str, Any]:
     return meta
 
 
+def _member(name: str, home: str) -> str:
+    """The member that a text's name in the config stands for; empty: none, or a field of the json.
+
+    `home` says what a bare name is. An index has extensions in lower case.
+    """
+    if name.startswith("json.") or (home == "json" and not name.startswith(".")):
+        return ""
+    return name.removeprefix(".").lower()
+
+
 def _named_text(key: str, name: str, home: str, members: dict[str, bytes], meta: dict[str, Any]) -> str:
-    """A text by its name in the config: a member or a field, `home` saying which of them a bare name is."""
-    if name.startswith("json.") or (home == "json" and name and not name.startswith(".")):
+    """A text by its name in the config."""
+    member = _member(name, home)
+    if name and not member:
         field = name if home == "json" else name.removeprefix("json.")
         return _text(key, field, field_of(meta, field) or "")
-    member = name.removeprefix(".")
     return _text(key, member, members.get(member, b""))
 
 

@@ -9,6 +9,7 @@ asked for. The order is the same either way.
 
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -22,12 +23,13 @@ from openvision3.config import DataConfig, OpenVisionError, SceneConfig
 from openvision3.data import demo, grammar
 from openvision3.data.filters import parse_filter
 from openvision3.data.library import Library
-from openvision3.data.order import MixtureOrder, ShardOrder, Window
+from openvision3.data.order import MixtureOrder, NoSamples, ShardOrder, Window
 from openvision3.data.samples import BadSample, Needed, Read, Sample, Source, make_sample, needed
 from openvision3.data.store import Location, Store, expand, name_of
 from openvision3.data.tar_index import Entry
 
 MAX_STRETCH = 16 * 2**20  # bytes of one planned read
+MAX_AHEAD = 256 * 2**20  # bytes that one call of `prepare` plans to read: what is beyond is read when it is asked for
 JOIN_GAP = 128 * 2**10  # bytes between two samples that are read over rather than asked for apart
 INDEX_AHEAD = 0.5  # of a window: from there on the next one's index is made beside the reading
 
@@ -99,6 +101,7 @@ class TarSource(Source):
         config: DataConfig | None = None,
         shuffle: bool = True,
         cache: Path | None = None,
+        lenient: bool | None = None,  # files that are no tars have no samples; None: with a cache folder
     ):
         self.config = config or DataConfig()
         self.paths, self.lazy = paths, cache is not None
@@ -109,11 +112,11 @@ class TarSource(Source):
         window, block = self.config.shuffle_window, self.config.shuffle_block
         if window < 1 or block < 1:
             raise OpenVisionError(f"shuffle_window {window} and shuffle_block {block} must be at least 1")
-        keep = 2 * window if shuffle else 16
-        self.library = Library(self.shards, self.store, condition, text, cache, keep, lenient=self.lazy)
+        keep, lenient = 2 * window if shuffle else 16, self.lazy if lenient is None else lenient
+        self.library = Library(self.shards, self.store, condition, text, cache, keep, lenient)
         self.order = ShardOrder(self.library.counts, self.library.count, self.config.seed, window, block, shuffle)
         self._fetched: dict[tuple[int, int], _Fetched] = {}
-        self._calls = 0
+        self._calls, self._pid = 0, os.getpid()
         self._ahead: set[int] = set()
         if not self.lazy and not len(self):
             raise self._nothing()
@@ -133,7 +136,9 @@ class TarSource(Source):
 
     @property
     def size(self) -> int | None:  # type: ignore[override]
-        """Samples of a turn; None while that is not known."""
+        """Samples of a turn; None while they are not all counted, by this and the other processes of the run."""
+        if self.order.total is None and self.library.all_counted():
+            self.order.count_all()
         return self.order.total
 
     @property
@@ -164,7 +169,9 @@ class TarSource(Source):
 
         What an earlier call fetched and nobody read is let go of at the second call after it.
         """
+        self._here()
         self._calls += 1
+        room = MAX_AHEAD
         if self._fetched:
             self._fetched = {at: fetched for at, fetched in self._fetched.items() if fetched.call >= self._calls - 1}
         wanted: dict[int, list[tuple[int, int, int]]] = {}  # by shard: begin, end, number
@@ -177,6 +184,11 @@ class TarSource(Source):
                 stretch = needed(self.library.index(shard).entry(number), self.config)
             except BadSample:
                 continue  # reading it will say so
+            if not stretch.together:
+                continue
+            room -= stretch.end - stretch.begin
+            if room < 0:
+                break
             wanted.setdefault(shard, []).append((stretch.begin, stretch.end, number))
         for shard, stretches in wanted.items():
             for begin, end, numbers in _joined(sorted(stretches)):
@@ -184,10 +196,15 @@ class TarSource(Source):
                 fetched = _Fetched(begin, data, self._calls)
                 self._fetched.update({(shard, number): fetched for number in numbers})
 
+    def _here(self) -> None:
+        """What a process has under way is not its forked child's."""
+        if self._pid != os.getpid():
+            self._fetched, self._ahead, self._pid = {}, set(), os.getpid()
+
     def _find(self, position: int) -> tuple[Window, int]:
         try:
             window, place = self.order.find(position)
-        except ValueError:
+        except NoSamples:
             raise self._nothing() from None
         if self.lazy and self.order.total is None and place >= INDEX_AHEAD * len(window):
             self._index_ahead(window.number + 1)
@@ -217,6 +234,7 @@ class TarSource(Source):
 
     def _reader(self, shard: int, number: int, entry: Entry, stretch: Needed) -> Read:
         """How the bytes of a sample are had: out of what was fetched for it, or from its tar."""
+        self._here()
         fetched = self._fetched.pop((shard, number), None)
         if fetched is None:
             location = self.shards[shard]

@@ -15,8 +15,9 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from openvision3.config import OpenVisionError
@@ -32,6 +33,10 @@ FIRST_WAIT, LONGEST_WAIT = 0.1, 20.0  # seconds between attempts: doubled each t
 _FINAL = (IsADirectoryError, NotADirectoryError, PermissionError, NotImplementedError, ImportError)
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "abfs": "adlfs"}
 
+# Every file system that was opened. In a forked child those of the parent would else be cleaned up, and closing
+# connections that are not the child's ends in errors on its stderr.
+_opened: list[Any] = []
+
 Location = Path | str  # a local file, or a URL
 T = TypeVar("T")
 
@@ -41,7 +46,7 @@ class StoreError(OpenVisionError):
 
 
 def locate(text: str | Path) -> Location:
-    """A path or URL as a location; raises `OpenVisionError` for `pipe:`."""
+    """A path or URL as a location; raises `OpenVisionError` for `pipe:`, and for URLs chained with `::`."""
     if isinstance(text, Path):
         return text
     if text.startswith("pipe:"):
@@ -51,6 +56,8 @@ def locate(text: str | Path) -> Location:
         )
     if text.startswith("file://"):
         return Path(text[len("file://") :])
+    if "://" in text and "::" in text:
+        raise OpenVisionError(f"{text}: chained URLs (::) are not read; give the address of the tars themselves")
     return text if "://" in text else Path(text)
 
 
@@ -81,13 +88,14 @@ class Store:
         self._forget()
 
     def _forget(self) -> None:
-        self._pid = os.getpid()
         self._local = threading.local()
         self._lock = threading.Lock()
         self._systems: dict[str, Any] = {}
         self._sizes: OrderedDict[str, int] = OrderedDict()
-        self._pool: ThreadPoolExecutor | None = None
-        self._jitter = random.Random(self._pid)
+        self._waiting: SimpleQueue[tuple[Future[bytes], Location, int, int]] = SimpleQueue()
+        self._threads = 0
+        self._jitter = random.Random(os.getpid())
+        self._pid = os.getpid()  # last: from here on other threads take the rest for this process's own
 
     def __getstate__(self) -> dict[str, Any]:
         return {"attempts": self.attempts, "timeout": self.timeout}
@@ -104,7 +112,7 @@ class Store:
         """Bytes of a file."""
         self._here()
         if isinstance(location, Path):
-            return self._local_call(location, lambda: os.stat(location).st_size)
+            return self.local_call(location, lambda: os.stat(location).st_size)
         if location not in self._sizes:
             info = self._retry(location, lambda: self._bounded(location, "info"))
             size = info.get("size")
@@ -121,7 +129,7 @@ class Store:
         if size <= 0:
             return b""
         if isinstance(location, Path):
-            return self._local_call(location, lambda: self._read_local(location, offset, size))
+            return self.local_call(location, lambda: self._read_local(location, offset, size))
 
         def attempt() -> bytes:
             data = self._bounded(location, "cat_file", start=offset, end=offset + size)
@@ -165,17 +173,36 @@ class Store:
         self._here()
         if isinstance(location, Path):
             temporary = location.with_name(f".{location.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-            temporary.write_bytes(data)
-            temporary.replace(location)
+            try:
+                temporary.write_bytes(data)
+                temporary.replace(location)
+            except OSError as error:
+                raise StoreError(f"{location}: can't be written ({error.strerror or error})") from None
         else:
             self._retry(location, lambda: self._bounded(location, "pipe_file", data))
 
     def submit(self, location: Location, offset: int, size: int) -> "Future[bytes]":
-        """Starts `read` on a thread beside this one, of which there are `PARALLEL`."""
+        """Starts `read` on a thread beside this one, of which there are `PARALLEL`.
+
+        A process ends without waiting for what is under way (it would with `ThreadPoolExecutor`: minutes for a store
+        that is gone).
+        """
         self._here()
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="store")
-        return self._pool.submit(self.read, location, offset, size)
+        future: Future[bytes] = Future()
+        self._waiting.put((future, location, offset, size))
+        if self._threads < PARALLEL:
+            self._threads += 1
+            threading.Thread(target=self._answer, args=(self._waiting,), name="store", daemon=True).start()
+        return future
+
+    def _answer(self, waiting: "SimpleQueue[tuple[Future[bytes], Location, int, int]]") -> None:
+        while True:
+            future, location, offset, size = waiting.get()
+            try:
+                future.set_result(self.read(location, offset, size))
+            except BaseException as error:  # raised where the result is asked for
+                future.set_exception(error)
+            del future  # else its bytes would stay until the next read
 
     def match(self, pattern: str) -> list[str]:
         """URLs that a pattern with `*` or `[` stands for, sorted."""
@@ -184,7 +211,8 @@ class Store:
         found = self._retry(pattern, lambda: self._bounded(pattern, "glob"))
         return sorted(path if "://" in path else system.unstrip_protocol(path) for path in map(str, found))
 
-    def _local_call(self, path: Path, call: Callable[[], T]) -> T:
+    def local_call(self, path: Path, call: Callable[[], T]) -> T:
+        """The call's result, with its errors as `StoreError`."""
         try:
             return call()
         except FileNotFoundError:
@@ -220,23 +248,24 @@ class Store:
             file.close()
 
     def _system(self, url: str) -> Any:
-        """The file system of a URL, one for each kind and process."""
-        kind = url.split("://")[0]
+        """The file system of a URL, one for each kind, host and process."""
+        kind, host = url.split("://")[0], "/".join(url.split("/", 3)[:3])
         with self._lock:
-            if kind not in self._systems:
+            if host not in self._systems:
                 try:
                     import fsspec.core
                 except ImportError:
                     raise StoreError(f"{url}: stores are read by fsspec: pip install openvision3[remote]") from None
                 try:
-                    self._systems[kind] = fsspec.core.url_to_fs(url)[0]
+                    self._systems[host] = fsspec.core.url_to_fs(url)[0]
                 except ImportError as error:
                     package = _PACKAGES.get(kind)
                     hint = f"pip install {package}" if package else str(error)
                     raise StoreError(f"{url}: {kind}:// needs another package: {hint}") from None
                 except Exception as error:
                     raise StoreError(f"{url}: can't be opened ({_one_line(error)})") from None
-            return self._systems[kind]
+                _opened.append(self._systems[host])
+            return self._systems[host]
 
     def _bounded(self, url: str, method: str, *args: Any, **options: Any) -> Any:
         """Calls a method of the URL's file system; raises `TimeoutError` after `timeout` seconds."""
@@ -272,7 +301,7 @@ class Store:
                 if isinstance(error, FileNotFoundError) and not _may_pass(error.__cause__):
                     raise StoreError(f"{url}: no such file") from error
                 if isinstance(error, _FINAL):
-                    raise StoreError(f"{url}: can't be read ({_one_line(error)})") from error
+                    raise StoreError(f"{url}: can't be read or written ({_one_line(error)})") from error
                 if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
                     error = error.__cause__
                 if not left:
@@ -308,7 +337,10 @@ class ForwardReader:
         self.store, self.location = store, location
         self.size = store.size(location)
         self._most = LOCAL_BLOCK if isinstance(location, Path) else BLOCK
-        self._file = location.open("rb", buffering=0) if isinstance(location, Path) else None
+        self._file = None
+        if isinstance(location, Path):
+            self._file = store.local_call(location, lambda: location.open("rb", buffering=0))
+            self._descriptor = self._file.fileno()
         self._start, self._block = 0, b""
 
     def block(self, offset: int) -> bytes:
@@ -316,9 +348,14 @@ class ForwardReader:
         size = min(self._most, self.size - offset)
         if size <= 0:
             return b""
-        if self._file is not None:
-            return os.pread(self._file.fileno(), size, offset)
-        return self.store.read(self.location, offset, size)
+        if offset == self._start and len(self._block) == size:
+            return self._block
+        if self._file is None:
+            return self.store.read(self.location, offset, size)
+        try:
+            return os.pread(self._descriptor, size, offset)
+        except OSError as error:
+            raise StoreError(f"{self.location}: can't be read ({error.strerror or error})") from None
 
     def read(self, offset: int, size: int) -> bytes:
         """`size` bytes from `offset` on, or what there is of them."""
@@ -327,8 +364,7 @@ class ForwardReader:
             return self.store.read(self.location, offset, size)
         begin = offset - self._start
         if begin < 0 or begin + size > len(self._block):
-            self._start, begin = offset, 0
-            self._block = self.block(offset)
+            self._start, self._block, begin = offset, self.block(offset), 0
         return self._block[begin : begin + size]
 
     def close(self) -> None:

@@ -22,6 +22,7 @@ MAX_INDEX_BYTES = 512 * 2**20
 INDEX_VERSION = 2
 _REGULAR = (b"0", b"\0", b"7")
 _RECORDS = (b"x", b"g", b"L", b"K")  # they say something of the member that follows
+_EMPTY = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices and folders: no content, whatever size they claim
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\x28\xb5": "zstd", b"\xfd7": "xz"}
 _CHUNK = 1024  # headers whose checksums are computed together
 
@@ -148,13 +149,6 @@ def _inside(places: np.ndarray, size: int) -> bool:
     return bool((places >= 0).all() and (places <= size).all() and (places.sum(1) <= size).all())
 
 
-def _open(store: Store, path: Location) -> ForwardReader:
-    try:
-        return ForwardReader(store, path)
-    except OSError as error:
-        raise OpenVisionError(f"{path}: can't be read ({error.strerror or error})") from None
-
-
 class NotATar(OpenVisionError):
     """A file that is empty, or has no tar's header where one must be."""
 
@@ -181,7 +175,7 @@ def scan(path: Location, store: Store | None = None) -> TarIndex:
     store = store or Store()
     if isinstance(path, Path) and path.is_dir():
         raise OpenVisionError(f"{path}: is a folder, not a tar")
-    reader = _open(store, path)
+    reader = ForwardReader(store, path)
     try:
         start = reader.read(0, BLOCK)
         if start[:2] in _COMPRESSED:
@@ -195,8 +189,6 @@ def scan(path: Location, store: Store | None = None) -> TarIndex:
                     gathered.add(name, offset, length)
         except _CutShort as error:
             broken = str(error)
-    except OSError as error:
-        raise OpenVisionError(f"{path}: can't be read ({error.strerror or error})") from None
     finally:
         reader.close()
     if broken and not gathered.keys:
@@ -296,7 +288,9 @@ def _members(reader: ForwardReader) -> Iterator[list[tuple[str, int, int]]]:
                 members.append((len(headers) - 1, member_name(header), at, length))
                 at += (length + 511) & -BLOCK
                 continue
-            if kind not in _RECORDS and long_size is not None:
+            if kind in _EMPTY:
+                length = 0
+            elif kind not in _RECORDS and long_size is not None:
                 length = long_size
             if at + length > size:
                 problem = f"cut short: a member of {length} bytes begins at byte {at} of {size}"
@@ -399,7 +393,7 @@ def member_name(header: bytes) -> str:
 
 
 def _text(field: bytes) -> str:
-    return field.split(b"\0", 1)[0].decode("utf-8", "replace")
+    return field.partition(b"\0")[0].decode("utf-8", "replace")
 
 
 def _read_pax(record: bytes) -> dict[str, str] | None:
@@ -443,4 +437,5 @@ def load_index(path: Location, store: Store | None = None, at: Location | None =
 
 def open_index(path: Location, store: Store | None = None) -> TarIndex:
     """The index of a tar: from its index file where that fits, else by `scan`."""
-    return load_index(path, store) or scan(path, store)
+    index = load_index(path, store)
+    return scan(path, store) if index is None else index

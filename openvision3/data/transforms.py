@@ -1,5 +1,6 @@
 """Pictures in and out: reading any file as RGB, resizing, padding, cropping, and the way back from tensors."""
 
+import functools
 import warnings
 from pathlib import Path
 from typing import BinaryIO
@@ -52,7 +53,7 @@ def decode_image(file: BinaryIO, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of bombs at half of the size that is refused here
-            with Image.open(file) as image:
+            with Image.open(file, formats=_formats()) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise OpenVisionError(_too_large(name, f"{image.width} x {image.height}"))
                 turn = _UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION, 1))
@@ -68,6 +69,13 @@ def decode_image(file: BinaryIO, name: str) -> Image.Image:
     except Exception as error:  # Pillow's decoders meet broken files with every kind of exception
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OpenVisionError(f"{name}: can't be decoded ({reason[:200]})") from None
+
+
+@functools.cache
+def _formats() -> list[str]:
+    """Pillow's formats, but for those that it decodes by running another program (Ghostscript), or has Windows do."""
+    Image.init()
+    return [name for name in Image.ID if name not in ("EPS", "WMF")]
 
 
 def _too_large(name: str, size: str) -> str:
