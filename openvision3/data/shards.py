@@ -180,7 +180,7 @@ class TarSource(Source):
             raise self._named(shard, error) from None
 
     def fingerprint(self, shard: int) -> int:
-        """A checksum of the tar's index: of its size, and its samples' keys and places, as far as the filter keeps them."""
+        """A checksum of the tar's index: of its size, and the keys and places of the samples that the filter keeps."""
         return self.library.index(shard).checksum()
 
     def substitute(self, position: int, draw: float) -> Sample:

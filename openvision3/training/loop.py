@@ -17,6 +17,7 @@ from openvision3.training.checkpoint import (
     write_folder,
 )
 from openvision3.training.frozen import fingerprint, set_training, unsaved
+from openvision3.training.latents import check_latents
 from openvision3.training.monitor import Monitor
 from openvision3.training.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from openvision3.training.pictures import picture_columns
@@ -70,6 +71,7 @@ def train(config: TrainConfig, device: str = "auto", evaluate: Evaluate | None =
             print(f"{folder} is complete: its weights are in {folder / 'model'}")
             return folder
         model = build_model(config, resolve_device(device), random=resume is None)
+        check_latents(config, stages, model.vae)
         left_out = unsaved(model, config.frozen)
         state = load_checkpoint(resume, {"model": model}, ignore=left_out) if resume else {}
         frozen_sha256 = fingerprint(model, config.frozen)
