@@ -1,5 +1,6 @@
 """`ov3 data cache-latents`: the latents of K crops of each sample, so that training encodes nothing."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -29,6 +30,8 @@ def cache_latents(
     views: int = 1,
     crop_min_area: float = DataConfig.crop_min_area,
     vae: str = "tiny",
+    latent_scale: float | None = None,
+    latent_shift: float | None = None,
     seed: int = 0,
     samples: int = 0,
     first_scene: int = 0,
@@ -54,6 +57,8 @@ def cache_latents(
         views: crops a sample, each a function of (seed, sample, number of the view)
         crop_min_area: least area of a crop, as a fraction of the picture's: the training's; 1: the centre square
         vae: "tiny", or a folder or hub id of the autoencoder that the training uses
+        latent_scale: the training's model.vae.latent_scale, where it is not the one that the VAE's own config states
+        latent_shift: the training's model.vae.latent_shift, likewise (0 for OpenVision 3 on FLUX.1's VAE)
         seed: of the crops; for demo also of the scenes, as --data.seed
         samples: for demo: how many scenes
         first_scene: for demo: index of the first; a training's second stage begins where its first one ends
@@ -77,9 +82,11 @@ def cache_latents(
     from openvision3.vae import load_vae
 
     loaded = load_vae(vae)
+    convention = {"latent_scale": latent_scale, "latent_shift": latent_shift}
+    loaded.config = replace(loaded.config, **{name: value for name, value in convention.items() if value is not None})
     place = resolve_device(on_own_device(ModelOptions(device=device), world).device)
     config = DataConfig(source=source[0], seed=seed, scenes=scenes, filter=filter, image_key=image_key)
-    caching = _describe(source, config, loaded, vae, resolution, views, crop_min_area, samples, first_scene)
+    caching = _describe(source, config, loaded, resolution, views, crop_min_area, samples, first_scene)
     begin_cache(out, caching)
     pictures = _open(source, config, resolution, out)
     loaded.to(place, torch.bfloat16 if dtype == "bf16" else torch.float32)
@@ -132,10 +139,16 @@ def _check(views: int, crop_min_area: float, batch_size: int, workers: int, seed
 
 
 def _describe(
-    paths: tuple[str, ...], config: DataConfig, vae: "FrozenVAE", name: str, resolution: int, views: int,
-    crop_min_area: float, samples: int, first_scene: int
-) -> "Caching":  # fmt: skip
-    from openvision3.data.latent_cache import SCENES, Caching, describe_tars
+    paths: tuple[str, ...],
+    config: DataConfig,
+    vae: "FrozenVAE",
+    resolution: int,
+    views: int,
+    crop_min_area: float,
+    samples: int,
+    first_scene: int,
+) -> "Caching":
+    from openvision3.data.latent_cache import SCENES, Caching, describe_tars, describe_vae
     from openvision3.data.store import expand
     from openvision3.model.fingerprint import vae_fingerprint
 
@@ -143,7 +156,8 @@ def _describe(
     if resolution < 1 or resolution % factor:
         raise OpenVisionError(f"--resolution is {resolution}: expected a multiple of the VAE's {factor} pixels")
     side = resolution // factor
-    shape, fingerprint = (vae.config.channels, side, side), vae_fingerprint(vae)
+    shape = (vae.config.channels, side, side)
+    made = (resolution, views, crop_min_area, config.seed, vae_fingerprint(vae), describe_vae(vae.config), shape)
     if "demo" in paths:
         if paths != ("demo",):
             raise OpenVisionError("demo and tars can't share a cache: choose another --out for each")
@@ -151,13 +165,12 @@ def _describe(
             raise OpenVisionError(
                 "demo needs --samples of at least 1, --first-scene of at least 0, and takes no --filter or --image-key"
             )
-        return Caching("demo", -(-samples // SCENES), resolution, views, crop_min_area, config.seed, fingerprint,
-                       name, shape, scenes=config.scenes, first_scene=first_scene, samples=samples)  # fmt: skip
+        shards = -(-samples // SCENES)
+        return Caching("demo", shards, *made, scenes=config.scenes, first_scene=first_scene, samples=samples)
     if samples or first_scene or config.scenes != ANY_SCENES:
         raise OpenVisionError("--samples, --first-scene and --scenes are for demo; of tars, every sample is cached")
     tars = expand(paths)
-    return Caching(describe_tars(tars), len(tars), resolution, views, crop_min_area, config.seed, fingerprint, name,
-                   shape, config.filter, config.image_key)  # fmt: skip
+    return Caching(describe_tars(tars), len(tars), *made, config.filter, config.image_key)
 
 
 def _open(paths: tuple[str, ...], config: DataConfig, resolution: int, out: Path) -> "DemoSource | TarSource":

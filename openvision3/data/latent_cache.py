@@ -23,7 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from openvision3.config import OpenVisionError, SceneConfig, load_json
+from openvision3.config import OpenVisionError, SceneConfig, VAEConfig, load_json
 from openvision3.data.samples import BadSample, Sample, Source
 from openvision3.data.store import Location, name_of
 from openvision3.data.transforms import Box, random_box
@@ -47,7 +47,7 @@ class Caching:
     crop_min_area: float
     seed: int  # of the crops, and of the scenes for "demo"
     vae: str  # fingerprint of its encoder: see model/fingerprint.py
-    vae_name: str  # what it was called
+    vae_name: str  # where it came from, and its latent convention
     latent_shape: tuple[int, int, int]  # C, h, w
     filter: str = ""  # tars: the samples that it keeps alone are numbered
     image_key: str = ""
@@ -78,6 +78,11 @@ def describe_tars(tars: Sequence[Location]) -> str:
     return f"{len(names)} tar{'s' * (len(names) > 1)}, {ends} ({digest})"
 
 
+def describe_vae(config: VAEConfig) -> str:
+    """`Caching.vae_name`."""
+    return f"{config.source}, latent_scale {config.latent_scale:g}, latent_shift {config.latent_shift:g}"
+
+
 def shard_path(folder: Path, number: int) -> Path:
     """The file of a shard."""
     return folder / f"latents-{number:06d}.safetensors"
@@ -99,7 +104,7 @@ def load_caching(folder: Path) -> Caching:
 
 
 class LatentCache:
-    """Reads a complete cache, lazily; goes into worker processes, forked or spawned.
+    """Reads a complete cache, lazily, for one source; goes into worker processes, forked or spawned.
 
     Raises `OpenVisionError` where the folder is no cache, or shards are missing.
     """

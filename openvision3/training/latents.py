@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from openvision3.config import OpenVisionError, TrainConfig
-from openvision3.data.latent_cache import LatentCache, describe_tars
+from openvision3.data.latent_cache import LatentCache, describe_tars, describe_vae
 from openvision3.data.store import Location, Store, expand
 from openvision3.model.fingerprint import vae_fingerprint
 from openvision3.training.stages import Stage
@@ -21,8 +21,8 @@ def check_latents(config: TrainConfig, stages: Sequence[Stage], vae: FrozenVAE |
         made = cache.caching
         if made.vae != fingerprint:
             raise OpenVisionError(
-                f"{cache.folder} was made with the VAE {made.vae_name!r} (sha256 {made.vae[:12]}), but the run's is "
-                f"{config.model.vae.source!r} (sha256 {fingerprint[:12]}): cache again, or train with that VAE"
+                f"{cache.folder} holds latents of the VAE {made.vae_name} (fingerprint {made.vae[:12]}), but the run's "
+                f"is {describe_vae(vae.config)} (fingerprint {fingerprint[:12]})"
             )
 
 
