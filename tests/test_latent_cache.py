@@ -1,4 +1,4 @@
-"""A cache of latents: what is in it, that any kind of filling gives the same bytes, and that training reads it right."""
+"""A cache of latents: what it holds, that any way of filling it gives the same bytes, and that training reads it right."""
 
 import io
 import json
@@ -171,7 +171,8 @@ def test_a_stream_takes_a_view_by_seed_and_position_and_cuts_pictures_by_its_box
             shard = load_file(cache / f"latents-{sample.shard:06d}.safetensors")
             same = [torch.equal(batch.latents[i], shard["latents"][sample.number, view]) for view in range(3)]
             view = same.index(True)
-            box = shard["boxes"][sample.number, view].tolist()
+            left, top, right, bottom = shard["boxes"][sample.number, view].tolist()
+            box = (left, top, right, bottom)
             crop = Image.fromarray(sample.image).resize((SIDE, SIDE), Image.Resampling.BILINEAR, box=box)
             assert np.array_equal(batch.images[i].permute(1, 2, 0).numpy(), np.array(crop))
             views.setdefault(f"{sample.shard} {sample.number}", set()).add(
