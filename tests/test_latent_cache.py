@@ -1,4 +1,4 @@
-"""A cache of latents: what it holds, that any way of filling it gives the same bytes, and that training reads it right."""
+"""A cache of latents: what it holds, that any way to fill it gives the same bytes, that training reads it right."""
 
 import io
 import json
