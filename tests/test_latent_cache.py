@@ -354,12 +354,12 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path: Path, cache: Pat
     for wrong, told in (
         (replace(fits, stage2=config.stage2), "resolution 32, but stage 2 has 48"),
         (replace(fits, data=replace(data, crop_min_area=0.5)), "crop_min_area 0.4, but stage 1 has 0.5"),
-        (replace(fits, data=replace(data, filter="odd == 1")), "filter , but stage 1 has odd == 1"),
+        (replace(fits, data=replace(data, filter="odd == 1")), "filter '', but stage 1 has 'odd == 1'"),
         (
             replace(fits, data=replace(data, source=str(tars / "0.tar"))),
-            r"source 3 tars, .* but stage 1 has 1 tar, 0.tar",
+            r"source '3 tars, .* but stage 1 has '1 tar, 0.tar",
         ),
-        (replace(fits, data=replace(data, source="demo")), "source 3 tars, .* but stage 1 has demo"),
+        (replace(fits, data=replace(data, source="demo")), "source '3 tars, .* but stage 1 has 'demo'"),
         (replace(whole, data=replace(of_scenes, seed=3)), "seed 0, but stage 1 has 3"),
         (replace(whole, data=replace(of_scenes, scenes=SceneConfig())), "scenes .*num_names=30.*num_names=494"),
         (longer, "the scenes 0 to 19, but stage 1 sees 0 to 23"),

@@ -55,7 +55,7 @@ def open_latents(config: TrainConfig, stage: Stage) -> LatentCache | None:
         wanted += [("filter", made.filter, data.filter), ("image_key", made.image_key, data.image_key)]
     for name, old, new in wanted:
         if old != new:
-            raise OpenVisionError(f"{folder} holds latents with {name} {old}, but stage {stage.number} has {new}")
+            raise OpenVisionError(f"{folder} holds latents with {name} {old!r}, but stage {stage.number} has {new!r}")
     first, last = made.first_scene, made.first_scene + made.samples
     if made.source == "demo" and not (first <= stage.first_sample and stage.last_sample <= last):
         raise OpenVisionError(
