@@ -41,6 +41,7 @@ COMMANDS: dict[str, Command] = {
     "data make-demo": Command("write captioned scenes as indexed tars", "data", "make_demo"),
     "data index": Command("index tars, for random access and exact resume", "data", "index"),
     "data check": Command("read every sample of tars and report the unusable", "data", "check"),
+    "data cache-latents": Command("the VAE latents of K crops a sample, to train from", "latents", "cache_latents"),
     "train": Command("train a recipe: ov3 train RECIPE [--field.sub value]", "train", "train", takes_args=True),
     "eval reconstruction": Command("PSNR, SSIM, LPIPS and Frechet distances", "evaluation", "reconstruction"),
     "eval zeroshot": Command("zero-shot classification, top-1 and top-5", "evaluation", "zeroshot"),

@@ -163,6 +163,7 @@ class DataConfig:
     second_text: TextRule = "sentence"  # for the second one
     caption_text: TextRule = "caption"  # for the caption decoder
     crop_min_area: float = 1.0  # training crop: area fraction, 1 = whole picture (paper: 0.4)
+    latents: str = ""  # folder of `ov3 data cache-latents`, of these samples; empty: crops are encoded on the fly
     num_workers: int = resumable(1)  # processes that prepare batches; does not change what they hold
     max_bad_fraction: float = resumable(0.01)  # more unusable samples than this stop the run
     store_attempts: int = resumable(8)  # to read something from a store, before the run stops
@@ -198,6 +199,7 @@ class StageConfig:
     base_lr: float = 8e-6  # peak learning rate = base_lr * batch_size / 256
     lpips_weight: float = 0.0  # lambda, Eq. 4
     scenes: SceneConfig | None = None  # for source "demo": this stage's own distribution; None: `DataConfig.scenes`
+    latents: str | None = None  # this stage's own cache, as it has its own resolution; None: `DataConfig.latents`
 
     @property
     def peak_lr(self) -> float:

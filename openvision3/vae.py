@@ -194,11 +194,13 @@ def load_vae(
 ) -> FrozenVAE:
     """Loads a frozen autoencoder: "tiny", a folder, a hub id, or the full description as a `VAEConfig`.
 
-    A folder or hub id that is not a `VAEConfig` takes its latent convention from the autoencoder's own config.
-    Raises `OpenVisionError` where it can't be had, naming what to do.
+    A folder is one that `TinyVAE.save` wrote, or of diffusers; the latter, or a hub id, takes its latent convention
+    from the autoencoder's own config. Raises `OpenVisionError` where it can't be had, naming what to do.
     """
     if source == "tiny":
         source = VAEConfig()
+    elif isinstance(source, str) and (Path(source) / "model.safetensors").is_file():
+        source = VAEConfig(kind="tiny", source=source)
     if isinstance(source, VAEConfig) and source.kind == "tiny":
         vae: FrozenVAE = load_tiny_vae(None if source.source == "embedded" else Path(source.source))
         vae.config = dataclasses.replace(source, channels=vae.config.channels)

@@ -29,9 +29,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from openvision3.config import OpenVisionError, TextRule
+from openvision3.data.latent_cache import LatentCache, Row
 from openvision3.data.samples import BadSample, Sample, Source
 from openvision3.data.tokenizer import CaptionTokenizer
-from openvision3.data.transforms import random_crop
+from openvision3.data.transforms import crop, random_crop
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Batch:
 
     positions: list[int]
     keys: list[str]
-    images: Tensor  # uint8 (B, 3, R, R)
+    images: Tensor  # uint8 (B, 3, R, R); with latents, of every `pixel_stride`-th sample of the global batch alone
     alt_ids: Tensor  # (B, contrastive_length): the alt text, laid out for the text encoder
     caption_text_ids: (
         Tensor  # (B, contrastive_length): a random sentence of the caption, for the second contrastive loss
@@ -65,6 +66,7 @@ class Batch:
     caption_ids: Tensor  # (B, caption_length): the whole caption, laid out for the caption decoder
     captions: list[str]
     bad: list[Bad] = field(default_factory=list)  # what could not be used and was replaced
+    latents: Tensor | None = None  # bf16 (B, C, h, w), of the crops that `images` shows; None: not cached
 
 
 @dataclass
@@ -82,6 +84,10 @@ class BatchStream:
     A sample that can't be used is replaced by another, drawn by (seed, position), and added to `bad`, which gathers
     (position, key, reason) of all iterations. Iterating raises `OpenVisionError` once more than `max_bad_fraction` of
     the samples are bad, or where no substitute can be found; so does a batch size that the ranks do not divide.
+
+    With `latents`, which must be of this source, batches have cached latents, and crops by their boxes; the view is a
+    function of (seed, position). Pictures are then read and decoded only where pixels are compared: at every
+    `pixel_stride`-th sample of the global batch.
     """
 
     def __init__(
@@ -102,6 +108,8 @@ class BatchStream:
         rank: int = 0,
         world_size: int = 1,
         texts: tuple[TextRule, TextRule, TextRule] = TEXTS,  # of alt_ids, caption_text_ids and caption_ids
+        latents: LatentCache | None = None,
+        pixel_stride: int = 1,
     ):
         if batch_size < 1 or start < 0:
             raise ValueError(f"batch_size {batch_size} must be at least 1, and start {start} at least 0")
@@ -128,6 +136,8 @@ class BatchStream:
             rank * (batch_size // world_size),
             batch_size // world_size,
             texts,
+            latents,
+            pixel_stride,
         )
         self.num_workers = num_workers
         self.max_bad_fraction = max_bad_fraction
@@ -220,6 +230,8 @@ class _Batches(Dataset[Batch | _Failure]):
         share_start: int,
         share: int,
         texts: tuple[TextRule, TextRule, TextRule],
+        latents: LatentCache | None,
+        pixel_stride: int,
     ):
         self.source = source
         self.tokenizer = tokenizer
@@ -233,27 +245,34 @@ class _Batches(Dataset[Batch | _Failure]):
         self.seed = seed
         self.share_start, self.share = share_start, share  # of a batch: what this rank has of it
         self.texts = texts
+        self.latents, self.pixel_stride = latents, pixel_stride
 
     def __len__(self) -> int:
         return max(0, -(-(self.stop - self.start) // self.batch_size))
 
     def __getitem__(self, index: int) -> Batch | _Failure:
-        first = self.start + index * self.batch_size + self.share_start
+        begin = self.start + index * self.batch_size  # of the global batch
+        first = begin + self.share_start
         positions = list(range(first, min(first + self.share, self.stop)))
         chunks = [positions[i : i + CHUNK] for i in range(0, len(positions), CHUNK)]
+        unseen = {p for p in positions if self.latents is not None and (p - begin) % self.pixel_stride}
         keys: list[str] = []
         images: list[np.ndarray] = []
+        latents: list[Tensor] = []
         texts: tuple[list[str], ...] = ([], [], [])
         bad: list[Bad] = []
         try:
-            self.source.prepare(chunks[0])
+            self._prepare(chunks[0], unseen)
             for number, chunk in enumerate(chunks, start=1):
                 if number < len(chunks):
-                    self.source.prepare(chunks[number])  # on its way while this chunk is decoded
+                    self._prepare(chunks[number], unseen)  # on its way while this chunk is decoded
                 for position in chunk:
-                    sample = self._sample(position, bad)
+                    sample, row = self._sample(position, position not in unseen, bad)
                     keys.append(sample.key)
-                    images.append(self._crop(sample.image, position))
+                    if position not in unseen:
+                        images.append(self._crop(sample.image, position, row))
+                    if row is not None:
+                        latents.append(row.latents)
                     for role, (rule, column) in enumerate(zip(self.texts, texts, strict=True)):
                         column.append(self._text(sample, rule, role, position))
         except (OpenVisionError, OSError) as error:
@@ -261,32 +280,55 @@ class _Batches(Dataset[Batch | _Failure]):
         return Batch(
             positions,
             keys,
-            torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
+            self._pixels(images),
             self._ids(texts[0], self.contrastive_length, contrastive=True),
             self._ids(texts[1], self.contrastive_length, contrastive=True),
             self._ids(texts[2], self.caption_length, contrastive=False),
             texts[2],
             bad,
+            torch.stack(latents) if latents else None,
         )
 
-    def _sample(self, position: int, bad: list[Bad]) -> Sample:
-        """The sample of a position, or a substitute that is a function of (seed, position) too."""
+    def _prepare(self, positions: list[int], unseen: set[int]) -> None:
+        if self.latents is None:
+            self.source.prepare(positions)
+        else:
+            self.source.prepare(positions, unseen)
+
+    def _sample(self, position: int, seen: bool, bad: list[Bad]) -> tuple[Sample, Row | None]:
+        """The sample of a position, or a substitute that is a function of (seed, position) too, and its cached view.
+
+        The picture of one that is not `seen` need not be read.
+        """
         for attempt in range(1 + SUBSTITUTES):
             try:
                 if not attempt:
-                    return self.source.read(position)
-                draw = random.Random(f"substitute {self.seed} {position} {attempt}").random()
-                return self.source.substitute(position, draw)
+                    sample = self.source.read(position) if seen else self.source.read_texts(position)
+                else:
+                    draw = random.Random(f"substitute {self.seed} {position} {attempt}").random()
+                    sample = self.source.substitute(position, draw)
+                if self.latents is None:
+                    return sample, None
+                view = _draw(f"view {self.seed} {position}", self.latents.caching.views)
+                return sample, self.latents.read(self.source, sample, view)
             except BadSample as error:
                 bad.append((position, error.key, error.reason))
         raise OpenVisionError(
             f"position {position} and {SUBSTITUTES} substitutes can't be used; the last is {bad[-1][1]}: {bad[-1][2]}"
         )
 
-    def _crop(self, image: np.ndarray, position: int) -> np.ndarray:
+    def _crop(self, image: np.ndarray, position: int, row: Row | None) -> np.ndarray:
+        if row is not None:
+            return crop(image, self.resolution, row.box)
         # one generator a position, so that neither the batch size nor a bad neighbour changes a crop
         rng = np.random.Generator(np.random.PCG64([zlib.crc32(b"crop"), self.seed, position]))
         return random_crop(image, self.resolution, self.crop_min_area, rng)
+
+    def _pixels(self, images: list[np.ndarray]) -> Tensor:
+        """uint8 (n, 3, R, R), n may be 0."""
+        if not images:
+            return torch.zeros(0, 3, self.resolution, self.resolution, dtype=torch.uint8)
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
     def _text(self, sample: Sample, rule: TextRule, role: int, position: int) -> str:
         """A sample's text by its rule. Two roles that take a sentence draw each their own."""

@@ -2,9 +2,9 @@
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -16,9 +16,11 @@ from openvision3.data.transforms import decode_image
 MAX_TEXT = 10_000  # letters of a caption or alt text
 MAX_MEMBER_BYTES = {"image": 256 * 2**20, "text": 2**20}
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+NO_PICTURE = np.zeros((0, 0, 3), np.uint8)
 MAX_GAP = 64 * 1024  # bytes between two members that are read over rather than left out
 
 Read = Callable[[int, int], bytes]  # offset and size to bytes
+Part = Literal["whole", "texts", "picture"]  # of a sample
 
 
 @dataclass
@@ -26,10 +28,18 @@ class Sample:
     """A picture with its two texts. `meta` is the JSON that came with it."""
 
     key: str
-    image: np.ndarray  # uint8 (H, W, 3), RGB
+    image: np.ndarray  # uint8 (H, W, 3), RGB; (0, 0, 3) where only the texts were asked for
     alt: str
     caption: str
     meta: dict[str, Any] = field(default_factory=dict)
+    tar: str = ""  # name of the tar that holds it
+    shard: int = 0  # number of that tar among its source's
+    number: int = 0  # within the tar, in its order; of a scene: its index
+
+    @property
+    def name(self) -> str:
+        """The key, with the tar's name before it where there is one: keys repeat from tar to tar."""
+        return f"{self.tar}/{self.key}" if self.tar else self.key
 
 
 class BadSample(OpenVisionError):
@@ -53,19 +63,30 @@ class Source(Protocol):
         """The sample at a position, always the same one. Raises `BadSample`."""
         ...
 
+    def read_texts(self, position: int) -> Sample:
+        """The same sample without its picture, which need not be read or decoded. Raises `BadSample`."""
+        return self.read(position)
+
     def substitute(self, position: int, draw: float) -> Sample:
         """A sample for a position whose own can't be used: a function of both, `draw` in [0, 1). Raises `BadSample`."""
         return self.read(int(draw * (self.size or 2**31)))
 
-    def prepare(self, positions: list[int]) -> None:
-        """Hears which positions are read next, so that what is far away can be fetched in few long reads."""
+    def prepare(self, positions: list[int], texts_alone: Collection[int] = ()) -> None:
+        """Hears which positions are read next, so that what is far away can be fetched in few long reads.
+
+        Of those in `texts_alone`, only the texts will be read.
+        """
+
+    def fingerprint(self, shard: int) -> int:
+        """A number that differs where a tar has other samples, or has them elsewhere, or another filter keeps them."""
+        return 0
 
 
 @dataclass(frozen=True)
 class Needed:
     """The members of a sample that are read, and the stretch of the tar that holds them with their headers."""
 
-    image: str
+    image: str  # name of the picture's member, which may be none of those that are read
     members: dict[str, Place]
     begin: int
     end: int
@@ -76,24 +97,31 @@ class Needed:
         return self.end - self.begin <= sum(size for _, size in self.members.values()) + MAX_GAP
 
 
-def needed(entry: Entry, config: DataConfig) -> Needed:
-    """What `make_sample` wants of a sample. Raises `BadSample` where there is no picture, or a member is too large."""
+def needed(entry: Entry, config: DataConfig, part: Part = "whole") -> Needed:
+    """What is read of a sample. Raises `BadSample` where there is no picture, or a member is too large.
+
+    A sample without any of the members that `part` names needs an empty stretch.
+    """
     names = (config.image_key.removeprefix(".").lower(),) if config.image_key else IMAGE_EXTENSIONS
     image = next((name for name in names if name in entry.members), None)
     if image is None:
         raise BadSample(entry.key, f"has no picture ({', '.join(names)})")
-    wanted = {image, "json", _member(config.alt_key, "txt"), _member(config.caption_field, "json")}
+    texts = {"json", _member(config.alt_key, "txt"), _member(config.caption_field, "json")}
+    wanted = {"whole": {image, *texts}, "texts": texts, "picture": {image}}[part]
     members = {name: place for name, place in entry.members.items() if name in wanted}
-    for name, (_, size) in members.items():
+    for name, (_, size) in entry.members.items():
         most = MAX_MEMBER_BYTES["image" if name == image else "text"]
-        if size > most:
+        if size > most and (name == image or name in texts):  # whatever is read, the same samples are bad
             raise BadSample(entry.key, f"its {name} has {size} bytes, more than {most}")
-    begin = min(offset for offset, _ in members.values()) - BLOCK
-    return Needed(image, members, max(0, begin), max(offset + size for offset, size in members.values()))
+    begin = min((offset for offset, _ in members.values()), default=BLOCK) - BLOCK
+    end = max((offset + size for offset, size in members.values()), default=0)
+    return Needed(image, members, max(0, begin), end)
 
 
 def contents(entry: Entry, needed: Needed, read: Read) -> dict[str, bytes]:
     """The bytes of the members, in one read where they lie together. Raises `BadSample` where the tar holds others."""
+    if not needed.members:
+        return {}
     whole = read(needed.begin, needed.end - needed.begin) if needed.together else b""
     found: dict[str, bytes] = {}
     for name, (offset, size) in needed.members.items():
@@ -112,18 +140,30 @@ def contents(entry: Entry, needed: Needed, read: Read) -> dict[str, bytes]:
 
 
 def make_sample(entry: Entry, needed: Needed, read: Read, config: DataConfig) -> Sample:
-    """Reads and decodes a sample; a text that is missing or empty is taken from the other. Raises `BadSample`."""
+    """Reads and decodes a sample; a text that is missing or empty is taken from the other. Raises `BadSample`.
+
+    Where `needed` leaves the picture out, so does the sample.
+    """
     members, key = contents(entry, needed, read), entry.key
     meta = parse_json(key, members["json"]) if "json" in members else {}
     alt = _named_text(key, config.alt_key, "txt", members, meta)
     caption = _named_text(key, config.caption_field, "json", members, meta)
     if not (alt or caption):
         raise BadSample(key, "has no caption")
+    image = _picture(key, needed.image, members[needed.image]) if needed.image in needed.members else NO_PICTURE
+    return Sample(key, image, alt or caption, caption or alt, meta)
+
+
+def read_picture(entry: Entry, needed: Needed, read: Read) -> np.ndarray:
+    """A sample's picture alone, uint8 (H, W, 3). Raises `BadSample`."""
+    return _picture(entry.key, needed.image, contents(entry, needed, read)[needed.image])
+
+
+def _picture(key: str, name: str, data: bytes) -> np.ndarray:
     try:
-        image = decode_image(io.BytesIO(members[needed.image]), f"its {needed.image}")
+        return np.array(decode_image(io.BytesIO(data), f"its {name}"))
     except OpenVisionError as error:
         raise BadSample(key, str(error)) from None
-    return Sample(key, np.array(image), alt or caption, caption or alt, meta)
 
 
 def parse_json(key: str, data: bytes) -> dict[str, Any]:

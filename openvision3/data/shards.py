@@ -11,11 +11,11 @@ import contextlib
 import functools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,7 +24,18 @@ from openvision3.data import demo, grammar
 from openvision3.data.filters import parse_filter
 from openvision3.data.library import Library
 from openvision3.data.order import MixtureOrder, NoSamples, ShardOrder, Window
-from openvision3.data.samples import BadSample, Needed, Read, Sample, Source, make_sample, needed
+from openvision3.data.samples import (
+    NO_PICTURE,
+    BadSample,
+    Needed,
+    Part,
+    Read,
+    Sample,
+    Source,
+    make_sample,
+    needed,
+    read_picture,
+)
 from openvision3.data.store import Location, Store, expand, name_of
 from openvision3.data.tar_index import Entry
 
@@ -69,11 +80,19 @@ class DemoSource(Source):
 
     def read(self, position: int) -> Sample:
         """Renders and describes a scene."""
+        return self._sample(position, render=True)
+
+    def read_texts(self, position: int) -> Sample:
+        """Describes a scene."""
+        return self._sample(position, render=False)
+
+    def _sample(self, position: int, render: bool) -> Sample:
         index = position if self.size is None else position % self.size
         scene = demo.scene(self.scenes, self.split, self.seed, index)
         texts = grammar.captions(scene)
         meta = grammar.describe(scene, demo.names(self.scenes.num_names))
-        return Sample(scene.key, demo.render(scene, self.resolution), texts.alt, texts.caption, meta)
+        image = demo.render(scene, self.resolution) if render else NO_PICTURE
+        return Sample(scene.key, image, texts.alt, texts.caption, meta, number=index)
 
 
 @dataclass
@@ -115,7 +134,7 @@ class TarSource(Source):
         keep, lenient = 2 * window if shuffle else 16, self.lazy if lenient is None else lenient
         self.library = Library(self.shards, self.store, condition, text, cache, keep, lenient)
         self.order = ShardOrder(self.library.counts, self.library.count, self.config.seed, window, block, shuffle)
-        self._fetched: dict[tuple[int, int], _Fetched] = {}
+        self._fetched: dict[tuple[int, int, Part], _Fetched] = {}
         self._calls, self._pid = 0, os.getpid()
         self._ahead: set[int] = set()
         if not self.lazy and not len(self):
@@ -151,6 +170,24 @@ class TarSource(Source):
         window, place = self._find(position)
         return self._read(*window.at(place))
 
+    def read_texts(self, position: int) -> Sample:
+        """Reads a sample without its picture. Raises `BadSample`."""
+        window, place = self._find(position)
+        return self._read(*window.at(place), "texts")
+
+    def read_picture(self, shard: int, number: int) -> np.ndarray:
+        """Reads and decodes the picture of a sample of a tar, uint8 (H, W, 3). Raises `BadSample`."""
+        entry = self.library.index(shard).entry(number)
+        try:
+            stretch = needed(entry, self.config, "picture")
+            return read_picture(entry, stretch, self._reader(shard, number, entry, stretch, "picture"))
+        except BadSample as error:
+            raise self._named(shard, error) from None
+
+    def fingerprint(self, shard: int) -> int:
+        """A checksum of the tar's index: of its size, and the keys and places of the samples that the filter keeps."""
+        return self.library.index(shard).checksum()
+
     def substitute(self, position: int, draw: float) -> Sample:
         """Another sample of the same window: its index is at hand, whatever else is known of the tars."""
         window, _ = self._find(position)
@@ -164,37 +201,43 @@ class TarSource(Source):
         """The tar that holds the sample that is `number` in the tars' own order."""
         return self.shards[self._numbered(number)[0]]
 
-    def prepare(self, positions: list[int]) -> None:
+    def prepare(self, positions: list[int], texts_alone: Collection[int] = ()) -> None:
         """Starts to fetch the samples of these positions from a store, neighbours together. Local tars: nothing to do.
 
         What an earlier call fetched and nobody read is let go of at the second call after it.
         """
         self._here()
+        found = [(position, *self._find(position)) for position in positions]
+        self.prepare_members(
+            [(*window.at(place), "texts" if position in texts_alone else "whole") for position, window, place in found]
+        )
+
+    def prepare_members(self, wanted: Sequence[tuple[int, int, Part]]) -> None:
+        """`prepare` for parts of samples by their places: (shard, number within it, what is read of it)."""
+        self._here()
         self._calls += 1
         room = MAX_AHEAD
         if self._fetched:
             self._fetched = {at: fetched for at, fetched in self._fetched.items() if fetched.call >= self._calls - 1}
-        wanted: dict[int, list[tuple[int, int, int]]] = {}  # by shard: begin, end, number
-        for position in positions:
-            window, place = self._find(position)
-            shard, number = window.at(place)
-            if isinstance(self.shards[shard], Path) or (shard, number) in self._fetched:
+        by_shard: dict[int, list[tuple[int, int, tuple[int, Part]]]] = {}  # begin, end, (number, part)
+        for shard, number, part in wanted:
+            if isinstance(self.shards[shard], Path) or (shard, number, part) in self._fetched:
                 continue
             try:
-                stretch = needed(self.library.index(shard).entry(number), self.config)
+                stretch = needed(self.library.index(shard).entry(number), self.config, part)
             except BadSample:
                 continue  # reading it will say so
-            if not stretch.together:
+            if not (stretch.members and stretch.together):
                 continue
             room -= stretch.end - stretch.begin
             if room < 0:
                 break
-            wanted.setdefault(shard, []).append((stretch.begin, stretch.end, number))
-        for shard, stretches in wanted.items():
-            for begin, end, numbers in _joined(sorted(stretches)):
+            by_shard.setdefault(shard, []).append((stretch.begin, stretch.end, (number, part)))
+        for shard, stretches in by_shard.items():
+            for begin, end, members in _joined(sorted(stretches)):
                 data = self.store.submit(self.shards[shard], begin, end - begin)
                 fetched = _Fetched(begin, data, self._calls)
-                self._fetched.update({(shard, number): fetched for number in numbers})
+                self._fetched.update({(shard, number, part): fetched for number, part in members})
 
     def _here(self) -> None:
         """What a process has under way is not its forked child's."""
@@ -223,19 +266,23 @@ class TarSource(Source):
         with contextlib.suppress(OpenVisionError, OSError):
             self.library.count(shards)
 
-    def _read(self, shard: int, number: int) -> Sample:
-        location = self.shards[shard]
+    def _read(self, shard: int, number: int, part: Part = "whole") -> Sample:
         entry = self.library.index(shard).entry(number)
         try:
-            stretch = needed(entry, self.config)
-            return make_sample(entry, stretch, self._reader(shard, number, entry, stretch), self.config)
-        except BadSample as error:  # keys repeat from tar to tar
-            raise BadSample(f"{name_of(location)}/{error.key}", error.reason) from None
+            stretch = needed(entry, self.config, part)
+            sample = make_sample(entry, stretch, self._reader(shard, number, entry, stretch, part), self.config)
+        except BadSample as error:
+            raise self._named(shard, error) from None
+        sample.tar, sample.shard, sample.number = name_of(self.shards[shard]), shard, number
+        return sample
 
-    def _reader(self, shard: int, number: int, entry: Entry, stretch: Needed) -> Read:
+    def _named(self, shard: int, error: BadSample) -> BadSample:
+        return BadSample(f"{name_of(self.shards[shard])}/{error.key}", error.reason)  # keys repeat from tar to tar
+
+    def _reader(self, shard: int, number: int, entry: Entry, stretch: Needed, part: Part) -> Read:
         """How the bytes of a sample are had: out of what was fetched for it, or from its tar."""
         self._here()
-        fetched = self._fetched.pop((shard, number), None)
+        fetched = self._fetched.pop((shard, number, part), None)
         if fetched is None:
             location = self.shards[shard]
             return lambda offset, size: self.store.read(location, offset, size)
@@ -257,9 +304,12 @@ class TarSource(Source):
         return OpenVisionError(f"{self.paths}: the tars hold no samples{kept}")
 
 
-def _joined(stretches: list[tuple[int, int, int]]) -> list[tuple[int, int, list[int]]]:
-    """Joins sorted stretches (begin, end, number) of a tar that lie close to each other."""
-    joined: list[tuple[int, int, list[int]]] = []
+Member = TypeVar("Member")
+
+
+def _joined(stretches: list[tuple[int, int, Member]]) -> list[tuple[int, int, list[Member]]]:
+    """Joins sorted stretches (begin, end, what for) of a tar that lie close to each other."""
+    joined: list[tuple[int, int, list[Member]]] = []
     for begin, end, number in stretches:
         if joined and begin <= joined[-1][1] + JOIN_GAP and end - joined[-1][0] <= MAX_STRETCH:
             first, last, numbers = joined[-1]
@@ -274,6 +324,8 @@ class MixtureSource(Source):
 
     def __init__(self, sources: Sequence[Source], config: DataConfig):
         self.sources = list(sources)
+        counts = [len(source.shards) if isinstance(source, TarSource) else 1 for source in self.sources]
+        self.firsts = [sum(counts[:part]) for part in range(len(counts))]  # numbers of the parts' first tars
         self.size = None
         try:
             self.order = MixtureOrder(config.weights, config.seed)
@@ -283,17 +335,31 @@ class MixtureSource(Source):
     def read(self, position: int) -> Sample:
         """The sample of the part that the position belongs to."""
         part, at = self.order.find(position)
-        return self.sources[part].read(at)
+        return self._of(part, self.sources[part].read(at))
+
+    def read_texts(self, position: int) -> Sample:
+        """The texts of the part that the position belongs to."""
+        part, at = self.order.find(position)
+        return self._of(part, self.sources[part].read_texts(at))
 
     def substitute(self, position: int, draw: float) -> Sample:
         """A sample of the same part."""
         part, at = self.order.find(position)
-        return self.sources[part].substitute(at, draw)
+        return self._of(part, self.sources[part].substitute(at, draw))
 
-    def prepare(self, positions: list[int]) -> None:
+    def prepare(self, positions: list[int], texts_alone: Collection[int] = ()) -> None:
         """Tells each part of its positions."""
-        found = [self.order.find(position) for position in positions]
+        found = [(position, *self.order.find(position)) for position in positions]
         for part, source in enumerate(self.sources):
-            own = [at for which, at in found if which == part]
+            own = [at for _, which, at in found if which == part]
             if own:
-                source.prepare(own)
+                source.prepare(own, {at for position, which, at in found if which == part and position in texts_alone})
+
+    def fingerprint(self, shard: int) -> int:
+        """The part's, of its own tar."""
+        part = int(np.searchsorted(self.firsts, shard, side="right")) - 1
+        return self.sources[part].fingerprint(shard - self.firsts[part])
+
+    def _of(self, part: int, sample: Sample) -> Sample:
+        sample.shard += self.firsts[part]
+        return sample

@@ -106,7 +106,7 @@ class TarIndex:
             "format_version": INDEX_VERSION,
             "tar_size": self.size,
             "broken": self.broken,
-            "crc32": self._checksum(),
+            "crc32": self.checksum(),
             "extensions": list(self.extensions),
             "keys": [self.key(number) for number in range(len(self))],
             "members": np.diff(self._ends, prepend=0).tolist(),
@@ -115,7 +115,8 @@ class TarIndex:
             "sizes": self._places[:, 1].tolist(),
         }
 
-    def _checksum(self) -> int:
+    def checksum(self) -> int:
+        """crc32 of all that the index says."""
         parts = (
             json.dumps([self.size, self.broken, self.extensions]).encode(),
             self._keys, self._key_ends.tobytes(), self._ends.tobytes(), self._kinds.tobytes(), self._places.tobytes(),
@@ -142,7 +143,7 @@ def _from_json(path: Location, data: dict[str, Any]) -> TarIndex | None:
         return None
     index = TarIndex(path, size, keys, extensions, counts, kinds, places, broken)
     # the checksum is of what was understood: a file that was changed anywhere that matters is not used
-    return index if index._checksum() == data["crc32"] else None
+    return index if index.checksum() == data["crc32"] else None
 
 
 def _inside(places: np.ndarray, size: int) -> bool:

@@ -172,32 +172,43 @@ def _centre_crop(image: Image.Image, width: int, height: int) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
+Box = tuple[int, int, int, int]  # left, top, right, bottom, in the picture's own pixels
+
+
 def random_crop(image: np.ndarray, size: int, min_area: float, rng: np.random.Generator) -> np.ndarray:
     """A training crop: uint8 (H, W, 3) to uint8 (size, size, 3), bilinear and antialiased, never flipped.
 
-    The crop covers a random fraction of the area between `min_area` and 1, at a random shape between 3:4 and 4:3 and a
-    random place (OpenVision 1). `min_area` 1 is the centre square, which leaves a square picture of `size` as it is.
+    The crop is the box that `random_box` draws.
     """
-    height, width = image.shape[:2]
-    box = _random_box(width, height, min_area, rng) if min_area < 1 else None
-    if box is None:
-        side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
-        box = (left, top, left + side, top + side)
-    if (width, height) == (size, size) and box == (0, 0, size, size):
-        return image
-    return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box=box))
+    return crop(image, size, random_box(image.shape[1], image.shape[0], min_area, rng))
 
 
-def _random_box(width: int, height: int, min_area: float, rng: np.random.Generator) -> tuple[int, int, int, int] | None:
-    for _ in range(10):
+def random_box(width: int, height: int, min_area: float, rng: np.random.Generator) -> Box:
+    """Where a training crop of a picture of `width` x `height` pixels lies.
+
+    It covers a random fraction of the area between `min_area` and 1, at a random shape between 3:4 and 4:3 and a random
+    place (OpenVision 1). `min_area` 1 is the centre square, which leaves a square picture as it is.
+    """
+    for _ in range(10 if min_area < 1 else 0):
         area = (min_area + (1 - min_area) * rng.random()) * width * height
         shape = (4 / 3) ** (2 * rng.random() - 1)  # width by height, uniform in its logarithm
         w, h = round((area * shape) ** 0.5), round((area / shape) ** 0.5)
         if 1 <= w <= width and 1 <= h <= height:
             left, top = int(rng.random() * (width - w + 1)), int(rng.random() * (height - h + 1))
             return left, top, left + w, top + h
-    return None
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side
+
+
+def crop(image: np.ndarray, size: int, box: Box) -> np.ndarray:
+    """The part of a picture within `box` as uint8 (size, size, 3): uint8 (H, W, 3) resized, bilinear and antialiased.
+
+    A box that is the whole of a picture of that size leaves it as it is.
+    """
+    if image.shape[:2] == (size, size) and box == (0, 0, size, size):
+        return image
+    return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box=box))
 
 
 def to_tensor(image: Image.Image | np.ndarray) -> Tensor:

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from openvision3.config import to_dict
 from openvision3.model.external import ExternalEncoder
 from openvision3.model.openvision3 import OpenVision3
+from openvision3.vae import FrozenVAE
 
 _DECODES = {"decoder", "post_quant_conv"}  # an autoencoder's modules that no token passes
 
@@ -37,11 +40,20 @@ def image_fingerprint(model: OpenVision3) -> str:
     if isinstance(model.encoder, ExternalEncoder):
         described["tower"] = [model.encoder.tower.native_size, repr(model.encoder.tower.tower)]
         parts.append(model.encoder.tower)
+    return _hash(described, parts)
+
+
+def vae_fingerprint(vae: FrozenVAE) -> str:
+    """sha256 (hex) of all that decides a picture's scaled latents: the VAE's encoder and latent convention."""
+    return _hash({"vae": [vae.config.latent_scale, vae.config.latent_shift, repr(vae)]}, [vae])
+
+
+def _hash(described: dict[str, Any], parts: Sequence[nn.Module]) -> str:
     tensors = [
         item
         for part in parts
         for item in sorted(part.state_dict().items())
-        if part is not model.vae or not _DECODES & set(item[0].split("."))
+        if not (isinstance(part, FrozenVAE) and _DECODES & set(item[0].split(".")))
     ]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

@@ -8,6 +8,7 @@ import torch
 
 from openvision3 import assets
 from openvision3.config import ModelPart, OpenVisionError, TrainConfig, VAETrainConfig, to_dict
+from openvision3.data.latent_cache import CACHE
 from openvision3.data.store import expand
 from openvision3.hub.encoders import load_external
 from openvision3.model.external import ExternalEncoder
@@ -15,6 +16,7 @@ from openvision3.model.openvision3 import OpenVision3
 from openvision3.training.attach import is_run, trained_model
 from openvision3.training.checkpoint import checkpoint_step, checkpoints
 from openvision3.training.frozen import LOSSES, part_of, trained_losses
+from openvision3.training.latents import latents_folder
 from openvision3.training.memory import STATE_BYTES, activation_bytes
 from openvision3.training.precision import Precision, resolve_device
 from openvision3.training.setup import BERT_VOCABULARY, run_folder
@@ -60,6 +62,9 @@ def missing_parts(config: TrainConfig) -> Iterator[str]:
             expand(source)
         except OpenVisionError as error:
             yield f"data: {error}"
+    for stage in plan(config):
+        if (folder := latents_folder(config, stage)) and not (Path(folder) / CACHE).is_file():
+            yield f"latents: {folder} is no cache of latents; `ov3 data cache-latents` makes one"
     if config.init and not config.attach and not (
         (Path(config.init) / "config.json").is_file() or is_run(Path(config.init))
     ):

@@ -32,6 +32,7 @@ from openvision3.training.checkpoint import (
 )
 from openvision3.training.ema import Average
 from openvision3.training.frozen import VAE, fingerprint, part_of, set_training, trained_losses, unsaved
+from openvision3.training.latents import check_latents
 from openvision3.training.monitor import Monitor, NoMonitor
 from openvision3.training.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from openvision3.training.parallel import Engine, Sharded, build_engine, compile_blocks, open_world, whole_tensor
@@ -151,6 +152,7 @@ def begin(
     """Builds or loads what the run trains."""
     stages = plan(config)
     model = build_model(config, device, random=resume is None)
+    check_latents(config, stages, model.vae)
     left_out, frozen_sha256 = unsaved(model, config.frozen), fingerprint(model, config.frozen)
     state = read_state(resume) if resume else {}
     if state.get("frozen_sha256", frozen_sha256) != frozen_sha256:

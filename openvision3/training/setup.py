@@ -19,6 +19,7 @@ from openvision3.model.openvision3 import OpenVision3
 from openvision3.training.attach import BERT_VOCABULARY, load_initial, trained_model
 from openvision3.training.checkpoint import named_tensors
 from openvision3.training.frozen import VAE, part_of, set_training
+from openvision3.training.latents import latents_folder, open_latents
 from openvision3.training.parallel import Engine
 from openvision3.training.precision import Precision, choose_precision
 from openvision3.training.run_folder import record_environment, recorded_environment
@@ -177,6 +178,11 @@ def trial_batch(config: TrainConfig, stage: Stage) -> Batch:
     text, caption = config.model.text_encoder, config.model.text_decoder
     contrastive = (text.context_length, text.vocab_size) if text else (2, 2)
     images = torch.randint(0, 256, (size, 3, side, side), generator=generator, dtype=torch.uint8)
+    latents = None
+    if latents_folder(config, stage):
+        images, vae = images[:: config.loss.pixel_stride], config.model.vae
+        shape = (size, vae.channels, side // vae.factor, side // vae.factor)
+        latents = torch.randn(shape, generator=generator).bfloat16()
     return Batch(
         list(range(size)),
         [""] * size,
@@ -185,6 +191,7 @@ def trial_batch(config: TrainConfig, stage: Stage) -> Batch:
         ids(*contrastive),
         ids(caption.context_length, caption.vocab_size) if caption else ids(2, 2),
         captions=[""] * size,
+        latents=latents,
     )
 
 
@@ -224,6 +231,8 @@ def open_stream(
         rank=rank,
         world_size=world_size,
         texts=(data.contrastive_text, data.second_text, data.caption_text),
+        latents=open_latents(config, stage),
+        pixel_stride=config.loss.pixel_stride,
     )
 
 

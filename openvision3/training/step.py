@@ -43,10 +43,11 @@ class MicroBatch:
     caption_text_ids: Tensor  # (M, Lc)
     caption_ids: Tensor  # (M, Ld)
     dtype: torch.dtype  # of the weights
+    cached: bool  # the latents came with the batch, and `pixels` are only those that are compared: (P, 3, R, R)
 
     @property
     def images(self) -> Tensor:
-        """(M, 3, R, R) in [-1, 1]."""
+        """The pixels in [-1, 1]."""
         return self.pixels.to(self.dtype) / 127.5 - 1
 
 
@@ -202,18 +203,26 @@ class Objective:
         size, first = self.micro_batch or samples, self.world.rank * samples
         for start in range(0, samples, size):
             part = slice(start, start + size)
+            images = batch.images[part if batch.latents is None else self._compared(first, start, start + size)]
             pixels, alt_ids, caption_text_ids, caption_ids = (
-                self._to_device(tensor[part])
-                for tensor in (batch.images, batch.alt_ids, batch.caption_text_ids, batch.caption_ids)
+                self._to_device(tensor)
+                for tensor in (images, batch.alt_ids[part], batch.caption_text_ids[part], batch.caption_ids[part])
             )
-            positions = batch.positions[part]
+            positions, cached = batch.positions[part], batch.latents is not None
             micro = MicroBatch(
-                first + start, positions, pixels, None, alt_ids, caption_text_ids, caption_ids, self.dtype
+                first + start, positions, pixels, None, alt_ids, caption_text_ids, caption_ids, self.dtype, cached
             )
-            if self.model.config.input == "latents" and (self._reads_latents or "reconstruction" in self.trained):
+            if batch.latents is not None:
+                micro = replace(micro, latents=at_least_fp32(self._to_device(batch.latents[part]).to(self.dtype)))
+            elif self.model.config.input == "latents" and (self._reads_latents or "reconstruction" in self.trained):
                 with torch.no_grad(), autocast(self.device, self.precision):
                     micro = replace(micro, latents=at_least_fp32(self._vae.encode(micro.images)))
             yield micro
+
+    def _compared(self, first: int, start: int, stop: int) -> slice:
+        """Of the compared samples of this process, whose first is `first` in the global batch: those in start:stop."""
+        before = [-(-(first + at) // self.config.pixel_stride) for at in (0, start, stop)]
+        return slice(before[1] - before[0], before[2] - before[0])
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         pinned = tensor.pin_memory() if self.device.type == "cuda" else tensor  # else the copy would wait
@@ -286,7 +295,7 @@ class Objective:
         sigma, epsilon = draw_noise(self.seed, batch.positions, tokens.shape[1:], model.config.noise_tau, self.device)
         noisy = losses.add_noise(tokens, sigma, epsilon, rms if model.config.noise_relative else 1.0)
         chosen = slice(-batch.start % stride, None, stride)
-        images = batch.images[chosen]
+        images = batch.images if batch.cached else batch.images[chosen]
         if batch.latents is None:
             images_hat = model.decode(noisy)[chosen]
         else:
