@@ -324,7 +324,7 @@ def test_members_far_apart_are_read_one_by_one(flaky: type[Flaky], tmp_path: Pat
     source = TarSource("flaky://data", shuffle=False)
     flaky.calls.clear()
     source.prepare([0, 1, 2, 3])
-    assert sorted(number for _, number in source._fetched) == [2, 3]
+    assert sorted(number for _, number, _ in source._fetched) == [2, 3]
     assert [source.read(position).key for position in range(4)] == list("0123")
     spans = [tuple(map(int, call.split(":")[1].split("-"))) for call in flaky.calls]
     assert len(spans) == 5 and all(end - begin < len(film) for begin, end in spans)
