@@ -11,9 +11,10 @@ import contextlib
 import json
 import os
 import shutil
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -48,24 +49,36 @@ class Saver:
             group = dist.new_group(backend="gloo")
             assert isinstance(group, dist.ProcessGroup)
             self.world = World(world.rank, world.size, group)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
-        self._under_way: Future[Path] | None = None
+        self.background = background
+        self._under_way: tuple[threading.Thread, Future[Path]] | None = None
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], lasting: bool = False) -> None:
         """Saves `step_N` as `save_checkpoint` does, after the one before is whole."""
         self.finish()
         options = {"keep": self.keep, "lasting": lasting, "world": self.world}
-        if self._thread is None:
+        if not self.background:
             save_checkpoint(self.folder, step, tensors, state, **options)
-        else:
-            copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-            self._under_way = self._thread.submit(save_checkpoint, self.folder, step, copies, dict(state), **options)
+            return
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        outcome: Future[Path] = Future()
+
+        def write() -> None:
+            try:
+                outcome.set_result(save_checkpoint(self.folder, step, copies, state, **options))
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        # a daemon: a process that fails must not wait for others that it would write with
+        thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+        thread.start()
+        self._under_way = thread, outcome
 
     def finish(self) -> None:
         """Waits for what is under way."""
         if self._under_way is not None:
-            under_way, self._under_way = self._under_way, None
-            under_way.result()
+            (thread, outcome), self._under_way = self._under_way, None
+            thread.join()
+            outcome.result()
 
 
 def checkpoint_tensors(

@@ -72,8 +72,11 @@ def open_world(device_name: str) -> Iterator[tuple[World, torch.device]]:
             raise OpenVisionError(
                 f"another process of this run has ended, and said why, or does not answer ({reason})"
             ) from error
+        raise  # and leave the others' connections to the end of this process: they may be waited for in vain
+    except BaseException:
+        dist.destroy_process_group()
         raise
-    finally:
+    else:
         dist.destroy_process_group()
 
 
