@@ -204,6 +204,21 @@ def test_a_step_that_is_not_finite_is_skipped(
     assert read_state(checkpoints(folder / "checkpoints")[-1])["skipped_steps"] == 1
 
 
+def test_lasting_checkpoints(tmp_path: Path, vae: VAEConfig) -> None:
+    """The first one after each multiple of 10 samples stays, whenever the run was stopped; so does the newest."""
+    config = tiny_config(tmp_path / "run", vae, 9, checkpoint_every=4, keep_checkpoints=1, keep_every=10)
+
+    def stop(model: object, step: int) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    with pytest.raises(RunInterrupted):
+        train(replace(config, eval_every=16), "cpu", stop)
+    train(config, "cpu")
+    kept = [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")]
+    assert kept == ["step_3", "step_5", "step_8", "step_9"]  # after 12, 20, 32 and 36 samples
+
+
 def test_starting_from_another_model(tmp_path: Path, vae: VAEConfig, unbroken: Path) -> None:
     still = tiny_config(tmp_path / "run", vae, 3, init=str(unbroken / "model"))
     still = replace(still, stage1=replace(still.stage1, base_lr=0.0), stage2=replace(still.stage2, base_lr=0.0))

@@ -76,6 +76,7 @@ class Run:
     bad_samples: int  # unusable ones met so far, by all processes, as far as they were reported
     unsaved: tuple[str, ...]  # names of the tensors that checkpoints leave out
     frozen_sha256: str  # of the frozen parts, which come from `config.init`, and the VAE; empty: there are none
+    saved_samples: int  # seen at the last checkpoint
     waiting: list[Bad] = field(default_factory=list)  # this process's unusable samples that were not yet reported
 
     @property
@@ -171,8 +172,8 @@ def begin(
     average = Average(model, config.ema, config.frozen) if config.ema else None
     step = checkpoint_step(resume) if resume else 0
     if world.rank == 0:
-        seen = samples_seen(stages, step)
-        monitor = Monitor(folder, stages[-1].last_sample, samples_seen=seen, resume_step=step, shown=SHOWN)
+        total, seen = stages[-1].last_sample, samples_seen(stages, step)
+        monitor = Monitor(folder, total, samples_seen=seen, resume_step=step, shown=SHOWN)
     else:
         monitor = NoMonitor()
     run = Run(
@@ -193,6 +194,7 @@ def begin(
         state.get("bad_samples", 0),
         left_out,
         frozen_sha256,
+        samples_seen(stages, step),
     )
     if resume:
         load_checkpoint(resume, run.modules, ignore=left_out, world=run.saver.world)
@@ -231,7 +233,7 @@ def train_stage(run: Run, stage: Stage) -> None:
             evaluate_now(run, stage, seen)
         stopping = world.any(bool(run.stop), model.device)  # asked once: a signal may come at any moment
         if (save or stopping) and not run.watch.in_a_row:  # the weights may be what is wrong
-            save_now(run, stage, optimizer, seen)
+            save_now(run, optimizer, seen)
         if stopping and not last:
             run.saver.finish()
             saved = "the last checkpoint is from before the steps that were skipped" if run.watch.in_a_row else "saved"
@@ -317,7 +319,7 @@ def whole_model(run: Run) -> OpenVision3 | None:
     return target
 
 
-def save_now(run: Run, stage: Stage, optimizer: Optimizer, samples_seen: int) -> None:
+def save_now(run: Run, optimizer: Optimizer, samples_seen: int) -> None:
     """Saves a checkpoint, after the records that it counts on."""
     report_bad(run, samples_seen)
     with run.monitor.paused():
@@ -326,4 +328,6 @@ def save_now(run: Run, stage: Stage, optimizer: Optimizer, samples_seen: int) ->
         state |= {"frozen_sha256": run.frozen_sha256} if run.frozen_sha256 else {}
         tensors = checkpoint_tensors(run.modules, optimizer, run.unsaved)
         every = run.config.keep_every
-        run.saver.save(run.step, tensors, state, lasting=every > 0 and stage.due(run.step, every))
+        lasting = every > 0 and samples_seen // every > run.saved_samples // every
+        run.saver.save(run.step, tensors, state, lasting)
+        run.saved_samples = samples_seen
