@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -31,11 +32,13 @@ def alone(folder: Path) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def run_world(size: int, folder: Path) -> list[dict[str, dict[str, Tensor]]]:
+def run_world(
+    size: int, folder: Path, script: str = "shared_losses.py", cases: Sequence[str] = ()
+) -> list[dict[str, dict[str, Tensor]]]:
     """What each of `size` processes found."""
-    script = Path(__file__).with_name("shared_losses.py")
+    path = Path(__file__).with_name(script)
     processes = [
-        subprocess.Popen([sys.executable, script, str(rank), str(size), folder], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, path, str(rank), str(size), folder, *cases], stderr=subprocess.PIPE, text=True)
         for rank in range(size)
     ]
     try:

@@ -1,16 +1,13 @@
 """DDP and FSDP2, micro-batches, recomputed and compiled blocks: the losses, gradients and steps of one process."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 from parallel_losses import Case, results
+from test_distributed import run_world
 from tiny_run import make_vae
 from torch import Tensor
 
-SECONDS = 900  # a run takes a few; so long only where something hangs, or the machine is very busy
 KINDS = ("ddp", "fsdp")
 FP64 = [
     f"kind={kind},micro_batch={micro},checkpointing={again}" for kind in KINDS for micro in (0, 1) for again in (0, 1)
@@ -32,25 +29,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_world(size: int, folder: Path, cases: list[str]) -> list[dict[str, dict[str, Tensor]]]:
-    """What each of `size` processes found."""
-    script = Path(__file__).with_name("parallel_losses.py")
-    (folder / f"engines{size}").unlink(missing_ok=True)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), str(size), folder, *cases], stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(size)
-    ]
-    try:
-        errors = [process.communicate(timeout=SECONDS)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(process.returncode for process in processes), "\n".join(errors)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
-
-
 def largest_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
     """The largest relative L2 error of a tensor, and the tensor's name."""
     assert found.keys() == expected.keys()
@@ -62,7 +40,8 @@ def largest_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tupl
 
 def compare(size: int, folder: Path, cases: list[str], bound: float, steps: bool = True) -> None:
     """Every process has what a process alone has, within `bound`; without `steps`, up to the first gradient."""
-    shares = run_world(size, folder, cases)
+    (folder / f"engines{size}").unlink(missing_ok=True)  # where the processes of the test before met
+    shares = run_world(size, folder, "parallel_losses.py", cases)
     alone: dict[Case, dict[str, Tensor]] = {}
     for text in cases:
         case = Case.parse(text)
