@@ -38,7 +38,9 @@ def run_world(
     """What each of `size` processes found."""
     path = Path(__file__).with_name(script)
     processes = [
-        subprocess.Popen([sys.executable, path, str(rank), str(size), folder, *cases], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, path, str(rank), str(size), folder, *cases], stderr=subprocess.PIPE, text=True
+        )
         for rank in range(size)
     ]
     try:
