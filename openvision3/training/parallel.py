@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -59,7 +60,7 @@ def open_world(device_name: str) -> Iterator[tuple[World, torch.device]]:
             raise OpenVisionError(f"WORLD_SIZE is {size}, but {name} is not set: start the processes with torchrun")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        store, *_ = next(dist.rendezvous("env://", rank, size, timeout=START_TIMEOUT))
+        store, *_ = next(rendezvous("env://", rank, size, timeout=START_TIMEOUT))
     except dist.DistError as error:
         raise OpenVisionError(f"the processes of this run did not meet: {' '.join(str(error).split())[:200]}") from None
     store.set_timeout(TIMEOUT)
