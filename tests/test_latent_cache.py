@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from openvision3.data.tokenizer import demo_tokenizer
 from openvision3.data.transforms import from_uint8
 from openvision3.distributed import World
 from openvision3.training import setup
+from openvision3.training.dryrun import dry_run
 from openvision3.training.latents import check_latents, open_latents
 from openvision3.training.loop import train
 from openvision3.training.monitor import read_records
@@ -428,6 +430,15 @@ def test_the_trial_step_is_like_the_runs(tmp_path: Path, vae: VAEConfig) -> None
     config = replace(config, data=replace(config.data, latents="somewhere"))
     batch = setup.trial_batch(config, plan(config)[0])
     assert batch.latents is not None and batch.latents.shape == (4, 16, 4, 4) and len(batch.images) == 2
+
+
+def test_a_dry_run_counts_no_encoder_and_names_a_cache_that_is_missing(tmp_path: Path, vae: VAEConfig) -> None:
+    config = tiny_config(tmp_path / "run", vae)
+    cached = replace(config, data=replace(config.data, latents=str(tmp_path / "none")))
+    told, plain = dry_run(cached, "cpu"), dry_run(config, "cpu")
+    assert f"missing: latents: {tmp_path / 'none'} is no cache of latents" in told and "latents: " not in plain
+    work, more = (re.findall(r"training FLOPs: .*", text) for text in (told, plain))
+    assert len(work) == len(more) == 2 and not set(work) & set(more)
 
 
 def test_scenes_are_described_without_being_drawn() -> None:

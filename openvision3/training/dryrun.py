@@ -142,6 +142,8 @@ def _stage_lines(
     samples = stage.steps * settings.batch_size
     micro = min(config.micro_batch or settings.batch_size, settings.batch_size)
     forward = model.flops(settings.resolution)
+    if latents_folder(config, stage):
+        forward["vae_encoder"] = 0.0  # it ran when the latents were cached
     work = training_flops(config, forward, micro < settings.batch_size, trained_losses(config.model, config.frozen))
     precision: Precision = "bf16" if config.precision == "auto" else config.precision
     kept = activation_bytes(config, settings.resolution, device, precision, vae)
