@@ -1,5 +1,6 @@
 """Runs that several processes share: stopped, killed, resumed by other numbers of processes, and lost by nobody."""
 
+import contextlib
 import json
 import os
 import random
@@ -203,7 +204,7 @@ def test_killed_a_few_times(tmp_path: Path, vae: VAEConfig) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "kills", "bound"), [("fp64", 50, 1e-9), ("fp32", 20, 1e-3)])
+@pytest.mark.parametrize(("precision", "kills", "bound"), [("fp64", 50, 1e-9), ("fp32", 20, 1e-4)])
 def test_killed_often(tmp_path: Path, vae: VAEConfig, precision: str, kills: int, bound: float) -> None:
     complete(1, tmp_path / "unbroken", vae, 60, precision=precision)
     done = killed_run(tmp_path / "run", vae, 60, kills, 0, precision, ["ddp", "fsdp"])
@@ -213,9 +214,22 @@ def test_killed_often(tmp_path: Path, vae: VAEConfig, precision: str, kills: int
     assert difference <= bound
 
 
+def children(process: int) -> list[int]:
+    """The processes that a process has started (Linux)."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = stat.read_text().rpartition(")")[2].split()[1]
+            found += [int(stat.parent.name)] if int(parent) == process else []
+    return found
+
+
 @pytest.mark.slow
 def test_an_agent_is_killed_and_brought_back(tmp_path: Path, vae: VAEConfig) -> None:
-    """Two torchrun agents with a process each. The run goes on by itself from the last checkpoint."""
+    """Two torchrun agents with a process each, as on two machines of which one fails and comes back.
+
+    The run goes on by itself from the last checkpoint.
+    """
     steps = 60
     complete(1, tmp_path / "unbroken", vae, steps)
     run, script = tmp_path / "run", Path(__file__).with_name("shared_run.py")
@@ -229,16 +243,17 @@ def test_an_agent_is_killed_and_brought_back(tmp_path: Path, vae: VAEConfig) -> 
     ]  # fmt: skip
     paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else an agent that joins later never learns of the store
 
     def agent(host: bool) -> subprocess.Popen:
-        options = [f"--rdzv-conf=is_host={'true' if host else 'false'}"]
+        noticed_soon = "keep_alive_interval=1,keep_alive_max_attempt=3"  # instead of after 15 seconds
+        options = [f"--rdzv-conf=is_host={'true' if host else 'false'},{noticed_soon}"]
         return subprocess.Popen(
             [*command[:3], *options, *command[3:]],
             env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # its processes are killed with it, as when a machine goes down
         )
 
     first, second = agent(True), agent(False)
@@ -246,9 +261,11 @@ def test_an_agent_is_killed_and_brought_back(tmp_path: Path, vae: VAEConfig) -> 
         wait_for_steps(first, run / "metrics.jsonl", 8, SECONDS)
         assert first.poll() is None
         before = len(checkpoints(run / "checkpoints"))
-        os.killpg(second.pid, signal.SIGKILL)
+        for number in [second.pid, *children(second.pid)]:
+            os.kill(number, signal.SIGKILL)
         second.wait()
         assert before, "it was killed before the first checkpoint"
+        time.sleep(6)
         second = agent(False)
         errors = finish([first, second])
         assert (first.returncode, second.returncode) == (0, 0), "\n".join(errors)[-4000:]
