@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from openvision3.training.dryrun import dry_run
 from openvision3.training.latents import check_latents, open_latents
 from openvision3.training.loop import train
 from openvision3.training.monitor import read_records
+from openvision3.training.run_folder import RunInterrupted
 from openvision3.training.stages import plan
 from openvision3.vae import load_vae
 
@@ -395,6 +397,33 @@ def test_training_from_a_cache_is_training_on_the_fly(tmp_path: Path, vae: VAECo
         assert len(values) == steps
         np.testing.assert_allclose(found[name], values, rtol=5e-3, err_msg=name)
     assert not np.array_equal(found["latent_l1"], expected["latent_l1"])  # bf16: it was the cache that was read
+
+
+def test_a_cached_run_goes_on_exactly_and_not_from_another_cache(
+    tmp_path: Path, cache: Path, tars: Path, vae: VAEConfig
+) -> None:
+    copy = tmp_path / "cache"
+    shutil.copytree(cache, copy)
+    plain = tiny_config(tmp_path / "run", vae, 6, checkpoint_every=8, eval_every=8)
+    data = DataConfig(source=str(tars), latents=str(copy), crop_min_area=0.4, num_workers=0, max_bad_fraction=0.5)
+    other = replace(plain, data=data, stage2=replace(plain.stage2, samples=0))
+
+    def stop(model: object, step: int) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    whole = replace(other, out=str(tmp_path / "unbroken"))
+    train(whole, "cpu")
+    with pytest.raises(RunInterrupted):
+        train(other, "cpu", stop)
+    described = json.loads((copy / "cache.json").read_text())
+    (copy / "cache.json").write_text(json.dumps({**described, "views": described["views"] + 1}))
+    with pytest.raises(OpenVisionError, match="the cached latents are others than when .* began"):
+        train(other, "cpu")
+    (copy / "cache.json").write_text(json.dumps(described))
+    train(other, "cpu")
+    for name, values in losses(tmp_path / "unbroken").items():
+        np.testing.assert_array_equal(losses(tmp_path / "run")[name], values, err_msg=name)
 
 
 def test_the_step_does_not_encode(tmp_path: Path, vae: VAEConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,10 @@
 """A run's caches of latents: one a stage, checked against the run before it starts."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 
-from openvision3.config import OpenVisionError, TrainConfig
+from openvision3.config import OpenVisionError, TrainConfig, to_dict
 from openvision3.data.latent_cache import LatentCache, describe_tars, describe_vae
 from openvision3.data.store import Location, Store, expand
 from openvision3.model.fingerprint import vae_fingerprint
@@ -10,11 +12,14 @@ from openvision3.training.stages import Stage
 from openvision3.vae import FrozenVAE
 
 
-def check_latents(config: TrainConfig, stages: Sequence[Stage], vae: FrozenVAE | None) -> None:
-    """Raises `OpenVisionError` where a stage's cache lacks shards, or was made otherwise than the run needs it."""
+def check_latents(config: TrainConfig, stages: Sequence[Stage], vae: FrozenVAE | None) -> str:
+    """A hash (hex) of what the stages' caches were made with; empty where no stage has one.
+
+    Raises `OpenVisionError` where a cache lacks shards, or was made otherwise than the run needs it.
+    """
     caches = [cache for stage in stages if (cache := open_latents(config, stage)) is not None]
     if not caches:
-        return
+        return ""
     assert vae is not None
     fingerprint = vae_fingerprint(vae)
     for cache in caches:
@@ -24,6 +29,7 @@ def check_latents(config: TrainConfig, stages: Sequence[Stage], vae: FrozenVAE |
                 f"{cache.folder} holds latents of the VAE {made.vae_name} (fingerprint {made.vae[:12]}), but the run's "
                 f"is {describe_vae(vae.config)} (fingerprint {fingerprint[:12]})"
             )
+    return hashlib.sha256(json.dumps([to_dict(cache.caching) for cache in caches]).encode()).hexdigest()
 
 
 def latents_folder(config: TrainConfig, stage: Stage) -> str:

@@ -75,7 +75,7 @@ class Run:
     step: int  # optimizer steps done, or skipped
     bad_samples: int  # unusable ones met so far, by all processes, as far as they were reported
     unsaved: tuple[str, ...]  # names of the tensors that checkpoints leave out
-    frozen_sha256: str  # of the frozen parts, which come from `config.init`, and the VAE; empty: there are none
+    given: dict[str, str]  # hashes of what checkpoints leave out, and a resumed run must find as it was
     saved_samples: int  # seen at the last checkpoint
     waiting: list[Bad] = field(default_factory=list)  # this process's unusable samples that were not yet reported
 
@@ -153,13 +153,17 @@ def begin(
     """Builds or loads what the run trains."""
     stages = plan(config)
     model = build_model(config, device, random=resume is None)
-    check_latents(config, stages, model.vae)
-    left_out, frozen_sha256 = unsaved(model, config.frozen), fingerprint(model, config.frozen)
-    state = read_state(resume) if resume else {}
-    if state.get("frozen_sha256", frozen_sha256) != frozen_sha256:
-        raise OpenVisionError(
-            f"{config.init} or the VAE has other weights than when {folder} began; it can't be resumed"
-        )
+    left_out, state = unsaved(model, config.frozen), read_state(resume) if resume else {}
+    given = {
+        "frozen_sha256": fingerprint(model, config.frozen),
+        "latents_sha256": check_latents(config, stages, model.vae),
+    }
+    for name, what in (
+        ("frozen_sha256", f"{config.init} or the VAE has other weights"),
+        ("latents_sha256", "the cached latents are others"),
+    ):
+        if state.get(name, given[name]) != given[name]:
+            raise OpenVisionError(f"{what} than when {folder} began; it can't be resumed")
     precision: Precision = world.agree(lambda: settle_precision(config, folder, model, stages[0]))
     if precision == "fp64":
         model.double()
@@ -193,7 +197,7 @@ def begin(
         step,
         state.get("bad_samples", 0),
         left_out,
-        frozen_sha256,
+        given,
         samples_seen(stages, step),
     )
     if resume:
@@ -325,7 +329,7 @@ def save_now(run: Run, optimizer: Optimizer, samples_seen: int) -> None:
     with run.monitor.paused():
         run.monitor.flush()
         state = {"samples_seen": samples_seen, "bad_samples": run.bad_samples, "skipped_steps": run.watch.skipped}
-        state |= {"frozen_sha256": run.frozen_sha256} if run.frozen_sha256 else {}
+        state |= {name: value for name, value in run.given.items() if value}
         tensors = checkpoint_tensors(run.modules, optimizer, run.unsaved)
         every = run.config.keep_every
         lasting = every > 0 and samples_seen // every > run.saved_samples // every
