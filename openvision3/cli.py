@@ -81,7 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         code = getattr(error, "signal_number", 0)  # training's RunInterrupted: all is saved
-        complain(describe(error))
+        if not (getattr(error, "alike", False) and os.environ.get("RANK", "0") != "0"):
+            complain(describe(error))
+        if os.environ.get("WORLD_SIZE", "1") != "1":  # the usual end could wait for the run's other processes
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(128 + code if code else USAGE)
         return 128 + code if code else USAGE
 
 

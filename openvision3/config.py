@@ -16,7 +16,12 @@ from typing import Any, Literal, TypeVar
 
 
 class OpenVisionError(Exception):
-    """An error that a user can act on: its message says what is wrong and what to do."""
+    """An error that a user can act on: its message says what is wrong and what to do.
+
+    `alike`: every process of a run raises it, so that one of them is enough to print it.
+    """
+
+    alike = False
 
 
 def resumable(default: Any) -> Any:

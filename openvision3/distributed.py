@@ -27,6 +27,7 @@ class World:
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
+    patient: dist.ProcessGroup | None = None  # the same processes, for `wait_for_first`
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.size, (self.rank, self.size)
@@ -50,11 +51,18 @@ class World:
         dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self.group)
         return total
 
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether `flag` holds in some process; every process must ask."""
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers; every process must ask. No device is waited for."""
         if self.size == 1:
-            return flag
-        return bool(self.all_reduce_sum(torch.tensor([int(flag)], device=device)).item())
+            return number
+        numbers = torch.tensor([number])
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self.group)
+        return int(numbers)
+
+    def wait_for_first(self) -> None:
+        """Waits, for a day at most, until the first process is here too."""
+        if self.size > 1:
+            dist.barrier(self.patient)
 
     def gather_objects(self, item: T) -> list[T]:
         """What every process has, in the order of ranks. Only for what this run's own processes made: it is pickled."""
@@ -76,7 +84,9 @@ class World:
                 outcome[1] = str(error)
         dist.broadcast_object_list(outcome, src=0, group=self.group)
         if outcome[1] is not None:
-            raise OpenVisionError(outcome[1])
+            error = OpenVisionError(outcome[1])
+            error.alike = True
+            raise error
         return outcome[0]
 
 

@@ -157,9 +157,8 @@ def paper_b16() -> TrainConfig:
 def paper_l16() -> TrainConfig:
     """OpenVision 3 ViT-L/16 as published: `paper_b16` with an encoder and text towers of L, the decoder B.
 
-    The decoder stays Base, as the paper found L unstable there; parameters are sharded (FSDP2). `torchrun --nnodes 8
-    --nproc-per-node 8 ... -m openvision3 train paper_l16`: on 64 H100, about 66 hours and 57 GiB, counted and not
-    measured (docs/SCALING.md).
+    The decoder stays Base, as the paper found L unstable there. `torchrun --nnodes 8 --nproc-per-node 8 ... -m
+    openvision3 train paper_l16`: on 64 H100, about 66 hours and 57 GiB, counted and not measured (docs/SCALING.md).
     """
     base = paper_b16()
     text = TransformerConfig(768, 12, 12, activation="gelu_tanh")  # OpenVision 1's for L
@@ -174,7 +173,6 @@ def paper_l16() -> TrainConfig:
             text_encoder=TextEncoderConfig(text),
             text_decoder=TextDecoderConfig(text),
         ),
-        parallel="fsdp",
     )
 
 

@@ -21,6 +21,7 @@ from openvision3.config import OpenVisionError, VAEConfig
 from openvision3.data.batches import Batch
 from openvision3.evaluation import evaluate
 from openvision3.recipes import RECIPES
+from openvision3.training import checkpoint
 from openvision3.training.checkpoint import checkpoints, read_state
 from openvision3.training.loop import train
 from openvision3.training.monitor import read_records
@@ -202,6 +203,47 @@ def test_a_step_that_is_not_finite_is_skipped(
     assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1, 1]
     assert rows[2]["grad_norm"] == "nan" and rows[1]["total"] == read_records(unbroken / "metrics.jsonl")[1]["total"]
     assert read_state(checkpoints(folder / "checkpoints")[-1])["skipped_steps"] == 1
+
+
+def test_skipped_at_the_end_and_stopped_at_a_skip(
+    tmp_path: Path, vae: VAEConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 3 is skipped, and a signal comes with it; so are the last steps of both stages: nothing is lost."""
+    backward, steps = Objective.backward, iter([1, 2, 3, 4, 5, 6])
+
+    def spoilt(self: Objective, batch: Batch) -> dict[str, torch.Tensor]:
+        found, step = backward(self, batch), next(steps)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {name: loss * float("nan") for name, loss in found.items()} if step in (3, 4, 6) else found
+
+    monkeypatch.setattr(Objective, "backward", spoilt)
+    config = tiny_config(tmp_path / "run", vae, STEPS)
+    with pytest.raises(RunInterrupted, match="stopped after 12 samples, saved in"):
+        train(config, "cpu")
+    assert read_state(tmp_path / "run" / "checkpoints" / "step_3")["skipped_steps"] == 1
+    train(config, "cpu")
+    assert read_state(tmp_path / "run" / "checkpoints" / "step_6")["skipped_steps"] == 3
+    assert (tmp_path / "run" / "model").exists()
+
+
+def test_an_error_waits_for_the_save_under_way(tmp_path: Path, vae: VAEConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    backward, save, calls = Objective.backward, checkpoint.save_checkpoint, []
+
+    def spoilt(self: Objective, batch: Batch) -> dict[str, torch.Tensor]:
+        found = backward(self, batch)
+        calls.append(found)
+        return {name: loss * float("nan") for name, loss in found.items()} if len(calls) > 2 else found
+
+    def slow(*args: Any, **options: Any) -> Path:
+        time.sleep(2)
+        return save(*args, **options)
+
+    monkeypatch.setattr(Objective, "backward", spoilt)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", slow)
+    with pytest.raises(OpenVisionError, match="not finite"):
+        train(tiny_config(tmp_path / "run", vae, STEPS, background_saves=True, max_skipped=2), "cpu")
+    assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step_2"]
 
 
 def test_lasting_checkpoints(tmp_path: Path, vae: VAEConfig) -> None:

@@ -18,7 +18,7 @@ from test_resume import wait_for_steps
 from tiny_run import make_vae, tiny_config
 
 from openvision3.config import VAEConfig
-from openvision3.training.checkpoint import checkpoints
+from openvision3.training.checkpoint import checkpoints, read_state
 from openvision3.training.monitor import read_records
 
 SECONDS = 900  # so long only where something hangs, or the machine is very busy
@@ -33,14 +33,14 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> VAEConfig:
 
 def start(
     size: int, folder: Path, vae: VAEConfig, steps: int, workers: int = 0, precision: str = "fp64", kind: str = "ddp",
-    saves: str = "",
+    saves: str = "", spoil: str = "", command: Sequence[str] = (),
 ) -> list[subprocess.Popen]:  # fmt: skip
     """The processes of a run, which meet at a port of their own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     script = Path(__file__).with_name("shared_run.py")
-    command = [sys.executable, str(script), str(folder), vae.source, str(steps), str(workers), precision, kind]
+    arguments = command or [str(script), str(folder), vae.source, str(steps), str(workers), precision, kind]
     shared = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
@@ -49,10 +49,11 @@ def start(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "SAVES": saves,
+        "SPOIL": spoil,
     }
     return [
         subprocess.Popen(
-            command,
+            [sys.executable, *arguments],
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -126,6 +127,22 @@ def test_stopped_by_a_signal_and_resumed_by_others(tmp_path: Path, vae: VAEConfi
     assert all((weights[name] - wanted[name]).norm() <= 1e-6 * wanted[name].norm() for name in wanted)
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_step_that_one_process_spoils_is_skipped_by_all(tmp_path: Path, vae: VAEConfig, kind: str) -> None:
+    """NaN in the third step of the last of two processes, or of one alone: the same run."""
+    complete(1, tmp_path / "alone", vae, 6, spoil="0")
+    complete(2, tmp_path / "run", vae, 6, kind=kind, spoil="1", saves="background")
+    alone, rows = (read_records(run / "metrics.jsonl") for run in (tmp_path / "alone", tmp_path / "run"))
+    assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1, 1] == [row["skipped_steps"] for row in alone]
+    assert rows[2]["total"] == "nan"
+    for row, expected in zip(rows[3:], alone[3:], strict=True):
+        assert all(abs(row[name] - expected[name]) <= 1e-9 * abs(expected[name]) for name in ("total", "token_rms"))
+    states = [read_state(checkpoints(tmp_path / run / "checkpoints")[-1]) for run in ("alone", "run")]
+    assert states[0]["skipped_steps"] == states[1]["skipped_steps"] == 1
+    # the save that was due at the fourth step, the last of stage 1, is there
+    assert "step_4" in {path.name for path in checkpoints(tmp_path / "run" / "checkpoints")}
+
+
 def test_counts_that_do_not_divide_the_batch_are_refused(tmp_path: Path, vae: VAEConfig) -> None:
     processes = start(3, tmp_path / "run", vae, 4)
     errors = finish(processes)
@@ -142,6 +159,14 @@ def test_an_error_of_the_first_process_ends_all(tmp_path: Path, vae: VAEConfig) 
     errors = finish(processes)
     assert [process.returncode for process in processes] == [2, 2]
     assert all("holds a run with another stage1.samples" in error for error in errors)
+
+
+def test_one_process_names_what_all_find(tmp_path: Path, vae: VAEConfig) -> None:
+    """`python -m openvision3`, as torchrun starts it: the first process alone says what is wrong, and all end."""
+    processes = start(2, tmp_path / "run", vae, 6, command=["-m", "openvision3", "train", "demo", "--ema", "2"])
+    errors = finish(processes)
+    assert [process.returncode for process in processes] == [2, 2]
+    assert errors == ["ov3: ema is 2: expected at least 0 and less than 1\n", ""]
 
 
 def kill(how: str, processes: Sequence[subprocess.Popen], rng: random.Random, folder: Path) -> None:

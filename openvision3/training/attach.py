@@ -42,6 +42,11 @@ def attached(config: TrainConfig) -> TrainConfig:
             f"recipe {config.recipe} starts from an encoder: give its folder or hub id as --init MODEL"
         )
     folder, freeze = model_folder(config.init), config.freeze
+    if is_run(folder):
+        raise OpenVisionError(
+            f"init: {config.init} is a run; recipe {config.recipe} starts from the model of one that is done: "
+            f"{folder / 'model'}"
+        )
     if encoder_kind(folder) != "openvision3":
         model = _external_model(config.init, folder, config.model)
     elif is_released_folder(folder):
@@ -58,9 +63,9 @@ def attached(config: TrainConfig) -> TrainConfig:
 def load_initial(config: TrainConfig) -> OpenVision3 | None:
     """The model whose weights `config.init` gives to all parts that are not attached; None for CLIP or SigLIP.
 
-    `init` may be a run's folder, or one of its checkpoints: see `load_run`. The model has its VAE where parts are
-    attached, its folder holds the VAE and the run has no other. Raises `OpenVisionError` for CLIP or SigLIP where the
-    recipe's model has an encoder of its own.
+    Where no parts are attached, `init` may be a run's folder, or one of its checkpoints: see `load_run`. The model has
+    its VAE where parts are attached, its folder holds the VAE and the run has no other. Raises `OpenVisionError` for
+    CLIP or SigLIP where the recipe's model has an encoder of its own.
     """
     folder = model_folder(config.init)
     if is_run(folder):

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from openvision3.config import OpenVisionError
@@ -41,8 +42,16 @@ class Saver:
     the next call. Every process of `world` makes the same calls.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2, world: World = ALONE, background: bool = False) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 2,
+        world: World = ALONE,
+        background: bool = False,
+        device: torch.device | None = None,  # of the tensors
+    ) -> None:
+        self.folder, self.keep, self.device = folder, keep, device
         # a group of its own: a thread's exchanges must not mix with the training's
         self.world = world
         if world.size > 1:
@@ -55,6 +64,12 @@ class Saver:
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], lasting: bool = False) -> None:
         """Saves `step_N` as `save_checkpoint` does, after the one before is whole."""
         self.finish()
+        # whole tensors, which all processes have alike, are shared out
+        tensors = {
+            name: tensor
+            for number, (name, tensor) in enumerate(tensors.items())
+            if isinstance(tensor, DTensor) or number % self.world.size == self.world.rank
+        }
         options = {"keep": self.keep, "lasting": lasting, "world": self.world}
         if not self.background:
             save_checkpoint(self.folder, step, tensors, state, **options)
@@ -63,6 +78,8 @@ class Saver:
         outcome: Future[Path] = Future()
 
         def write() -> None:
+            if self.device is not None and self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # threads begin with the first one
             try:
                 outcome.set_result(save_checkpoint(self.folder, step, copies, state, **options))
             except BaseException as error:
@@ -115,17 +132,21 @@ def save_checkpoint(
     if world.size > 1:
         dist.barrier(world.group)
     try:
-        with _alone(world) as alone:
+        with _unremarked():
             save(
                 {name: _contiguous(tensor) for name, tensor in tensors.items()},
                 storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
                 process_group=world.group,
-                no_dist=alone,
+                no_dist=world.size == 1,
             )
     except (OSError, CheckpointException) as error:
         raise OpenVisionError(f"{target} can't be written: {' '.join(str(error).split())[-300:]}") from None
+    own = sorted(temporary.glob(f"shard-{world.rank + 1:05d}-*"))  # on a network disk each knows its own files best
+    for path in own:
+        _flush(path)
+    written = world.gather_objects({path.name: path.stat().st_size for path in own})
     if first:
-        files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+        files = {name: size for sizes in written for name, size in sizes.items()}
         record = {
             "format_version": FORMAT_VERSION, "step": step, "lasting": lasting, "files": files, "state": dict(state)
         }  # fmt: skip
@@ -136,11 +157,11 @@ def save_checkpoint(
 
 
 @contextlib.contextmanager
-def _alone(world: World) -> Iterator[bool]:
-    """Whether there is one process, which torch.distributed.checkpoint need not be told is unusual."""
+def _unremarked() -> Iterator[None]:
+    """One process alone is nothing that torch.distributed.checkpoint need warn of."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield world.size == 1
+        yield
 
 
 def _prune(folder: Path, keep: int) -> None:
@@ -243,12 +264,12 @@ def load_checkpoint(
         if tuple(tensor.shape) != shape:
             raise OpenVisionError(f"{path}: {name} has shape {shape}, expected {tuple(tensor.shape)}")
     try:
-        with _alone(world) as alone:
+        with _unremarked():
             load(
                 wanted,
                 storage_reader=HuggingFaceStorageReader(str(path)),
                 process_group=world.group,
-                no_dist=alone,
+                no_dist=world.size == 1,
             )
     except (OSError, SafetensorError, CheckpointException) as error:
         raise _unreadable(path, error) from None

@@ -92,13 +92,12 @@ def train(config: TrainConfig, device: str = "auto", evaluate: Evaluate | None =
     impossible recipe, a changed config, unusable data or losses that stay not finite, and `RunInterrupted` after
     SIGINT, SIGTERM or SIGUSR1, with a checkpoint saved.
     """
-    validate(config)
     with open_world(device) as (world, place):
-        refuse_unequal_shares(config, world)
+        world.agree(lambda: (validate(config), refuse_unequal_shares(config, world)))
         with entered_run(config, world) as folder, StopRequest() as stop:
-            resume = world.agree(lambda: latest_checkpoint(folder / "checkpoints"))
             stages = plan(config)
-            if resume and checkpoint_step(resume) == stages[-1].last_step and (folder / "model").exists():
+            resume, complete = world.agree(lambda: found_in(folder, stages))
+            if complete:
                 if world.rank == 0:
                     print(f"{folder} is complete: its weights are in {folder / 'model'}")
                 return folder
@@ -107,15 +106,28 @@ def train(config: TrainConfig, device: str = "auto", evaluate: Evaluate | None =
                 if resume:
                     seen = samples_seen(stages, run.step)
                     run.monitor.say(f"resuming {folder} after {seen:,} of {stages[-1].last_sample:,} samples")
-                for stage in stages:
-                    if run.step < stage.last_step:
-                        train_stage(run, stage)
+                try:
+                    for stage in stages:
+                        if run.step < stage.last_step:
+                            train_stage(run, stage)
+                finally:
+                    if world.size == 1:  # others may be gone, and this process would wait for them
+                        run.saver.finish()
                 run.saver.finish()
             final = whole_model(run)
             if final is not None:
+                if not all(bool(weight.isfinite().all()) for weight in final.parameters()):
+                    raise OpenVisionError(f"{folder} ended with weights that are not finite: lower the learning rate")
                 write_folder(folder / "model", lambda path: final.save(path, overwrite=True))
             world.agree(lambda: None)  # the folder is there before any process ends
     return folder
+
+
+def found_in(folder: Path, stages: list[Stage]) -> tuple[Path | None, bool]:
+    """The newest checkpoint of a run's folder, and whether the run is complete."""
+    found = latest_checkpoint(folder / "checkpoints")
+    ended = found is not None and checkpoint_step(found) == stages[-1].last_step
+    return found, ended and (folder / "model").exists()
 
 
 def refuse_unequal_shares(config: TrainConfig, world: World) -> None:
@@ -190,7 +202,13 @@ def begin(
         precision,
         monitor,
         stop,
-        Saver(folder / "checkpoints", keep=config.keep_checkpoints, world=world, background=config.background_saves),
+        Saver(
+            folder / "checkpoints",
+            keep=config.keep_checkpoints,
+            world=world,
+            background=config.background_saves,
+            device=device,
+        ),
         FiniteWatch(folder, config.max_skipped, world, state.get("skipped_steps", 0)),
         evaluate,
         resume,
@@ -200,7 +218,8 @@ def begin(
         given,
         samples_seen(stages, step),
     )
-    if resume:
+    within = any(stage.first_step < step < stage.last_step for stage in stages)
+    if resume and not within:  # else it is read with the optimizer's state
         load_checkpoint(resume, run.modules, ignore=left_out, world=run.saver.world)
     return run
 
@@ -218,42 +237,48 @@ def train_stage(run: Run, stage: Stage) -> None:
         load_checkpoint(run.resume, run.modules, optimizer, ignore=run.unsaved, world=run.saver.world)
     objective = build_objective(config, stage, model, run.precision, world, run.engine)
     stream = open_stream(config, stage, run.step, model.tokenizer, world.rank, world.size)
+    save = False  # a checkpoint is due
 
     for batch in stream:
         run.step += 1
         learning_rate = stage.learning_rate(run.step)
         set_learning_rate(optimizer, learning_rate)
         seen, last = stage.samples_seen(run.step), run.step == stage.last_step
-        losses = train_step(run, objective.backward, batch, optimizer, last)
+        losses = train_step(run, objective.backward, batch, optimizer)
         run.waiting += batch.bad
         monitor.advance(seen)
         log = run.step % config.log_every == 0 or run.step == 1 or last
         evaluate = stage.due(run.step, config.eval_every)
-        save = stage.due(run.step, config.checkpoint_every)
+        save = save or stage.due(run.step, config.checkpoint_every)
         if log:
             report_bad(run, seen)
             monitor.log(run.step, seen, log_row(run, learning_rate, losses))
         if evaluate:
             evaluate_now(run, stage, seen)
-        stopping = world.any(bool(run.stop), model.device)  # asked once: a signal may come at any moment
-        if (save or stopping) and not run.watch.in_a_row:  # the weights may be what is wrong
+        signal_number = world.largest(run.stop.signal_number)  # asked once: a signal may come at any moment
+        if (save and not run.watch.in_a_row) or last or signal_number:
             save_now(run, optimizer, seen)
-        if stopping and not last:
+            save = False
+        if signal_number and not last:
             run.saver.finish()
-            saved = "the last checkpoint is from before the steps that were skipped" if run.watch.in_a_row else "saved"
-            where = f"stopped after {seen:,} samples, {saved} in {run.folder}; the same command goes on from there"
-            raise RunInterrupted(where, run.stop.signal_number)
+            where = f"stopped after {seen:,} samples, saved in {run.folder}; the same command goes on from there"
+            raise RunInterrupted(where, signal_number)
     assert run.step == stage.last_step, (run.step, stage.last_step)
 
 
 def train_step(
-    run: Run, backward: Callable[[Batch], dict[str, Tensor]], batch: Batch, optimizer: Optimizer, last: bool
+    run: Run, backward: Callable[[Batch], dict[str, Tensor]], batch: Batch, optimizer: Optimizer
 ) -> dict[str, Tensor]:
     """One step, which leaves everything as it was where losses or gradient are not finite; returns the losses."""
     model, rms = run.model, run.model.token_rms.clone()
     losses = backward(batch)
     losses["grad_norm"] = clip_gradients(model, run.config.optimizer.clip_norm)
-    if run.watch.skips(run.step, batch, losses, last):
+    try:
+        skipped = run.watch.skips(run.step, batch, losses)
+    except OpenVisionError:  # in all processes
+        run.saver.finish()
+        raise
+    if skipped:
         model.token_rms.copy_(rms)
         wrong = ", ".join(name for name, value in losses.items() if not value.isfinite())
         run.monitor.say(f"step {run.step} skipped: {wrong} not finite")
@@ -295,6 +320,7 @@ def evaluate_now(run: Run, stage: Stage, samples_seen: int) -> None:
             run.monitor.save_pictures(f"step_{run.step}", picture_columns(model, pixels))
             if run.evaluate is not None:
                 run.monitor.record("eval", run.step, samples_seen, run.evaluate(model, run.step))
+        run.world.wait_for_first()
         set_training(run.model, run.config.frozen)
 
 

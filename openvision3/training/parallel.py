@@ -33,7 +33,8 @@ from openvision3.model.blocks import Block
 from openvision3.training.precision import resolve_device
 
 START_TIMEOUT = datetime.timedelta(minutes=5)  # that a process waits for the others to come
-TIMEOUT = datetime.timedelta(minutes=30)  # and later for an answer: the first evaluates meanwhile
+TIMEOUT = datetime.timedelta(minutes=30)  # and later for an answer
+PATIENCE = datetime.timedelta(days=1)  # and for the first process, which evaluates
 COMPILED_VARIANTS = 64  # of a block: by part, by shape, with and without gradient
 
 T = TypeVar("T")
@@ -58,27 +59,26 @@ def open_world(device_name: str) -> Iterator[tuple[World, torch.device]]:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise OpenVisionError(f"WORLD_SIZE is {size}, but {name} is not set: start the processes with torchrun")
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo for what is on the host
     try:
         store, *_ = next(rendezvous("env://", rank, size, timeout=START_TIMEOUT))
     except dist.DistError as error:
         raise OpenVisionError(f"the processes of this run did not meet: {' '.join(str(error).split())[:200]}") from None
     store.set_timeout(TIMEOUT)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
-        yield World(rank, size), device
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        assert isinstance(patient, dist.ProcessGroup)
+        yield World(rank, size, patient=patient), device
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            reason = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error).split())[-300:]
             raise OpenVisionError(
-                f"another process of this run has ended, and said why, or does not answer ({reason})"
+                f"another process of this run has ended, and said why, or this one ({rank}) failed: {reason}"
             ) from error
-        raise  # and leave the others' connections to the end of this process: they may be waited for in vain
-    except BaseException:
-        dist.destroy_process_group()
         raise
-    else:
-        dist.destroy_process_group()
+    # after an error the group is left to the end of this process: to destroy it can mean to wait for the others
+    dist.destroy_process_group()
 
 
 def _number(name: str, default: int | None) -> int:
@@ -211,6 +211,7 @@ def compile_blocks(model: nn.Module) -> None:
     """
     dynamo: Any = torch._dynamo.config
     dynamo.recompile_limit = max(COMPILED_VARIANTS, dynamo.recompile_limit)
+    dynamo.optimize_ddp = False  # it would cut blocks larger than a bucket of gradients in two
     for module in model.modules():
         if isinstance(module, Block):
             module.forward = torch.compile(module.forward)  # type: ignore[method-assign]

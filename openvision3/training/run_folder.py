@@ -3,6 +3,7 @@
 `config.json` (resolved), `environment.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/step_N/`, `samples/`.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -63,7 +64,11 @@ def open_run(folder: Path, config: Any, say: Callable[[str], None], wait: float 
 def _locked(file: TextIO) -> bool:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # record lock: data workers do not inherit it
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise OpenVisionError(
+                f"{file.name} can't be locked ({error.strerror}): runs need a disk with file locks (Lustre: flock)"
+            ) from None
         return False
     return True
 

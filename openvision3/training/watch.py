@@ -20,21 +20,19 @@ class FiniteWatch:
 
     def __init__(self, folder: Path, limit: int, world: World = ALONE, skipped: int = 0) -> None:
         self.folder, self.limit, self.world, self.skipped = folder, limit, world, skipped
-        self.in_a_row = 0  # steps skipped since the last that was not: no time to save anything
+        self.in_a_row = 0  # steps skipped since the last that was not: the weights may be what is wrong
 
-    def skips(self, step: int, batch: Batch, losses: dict[str, Tensor], last: bool = False) -> bool:
+    def skips(self, step: int, batch: Batch, losses: dict[str, Tensor]) -> bool:
         """Whether some of the `losses` (scalars; the gradient's norm among them) is not finite; waits for the device.
 
-        Raises `OpenVisionError` at the last step allowed, or the run's `last`, with the batch's samples written to
-        `bad_batch.json`.
+        Raises `OpenVisionError` at the last step allowed, with the batch's samples written to `bad_batch.json`.
         """
-        finite = torch.stack([value.double() for value in losses.values()]).isfinite()
-        if bool(finite.all()):
+        if bool(torch.stack([value.isfinite() for value in losses.values()]).all()):
             self.in_a_row = 0
             return False
         self.skipped += 1
         self.in_a_row += 1
-        if self.in_a_row >= self.limit or last:
+        if self.in_a_row >= self.limit:
             self._report(step, batch, losses)
         return True
 
@@ -52,8 +50,10 @@ class FiniteWatch:
             temporary = path.with_name(path.name + ".tmp")
             temporary.write_text(json.dumps(record, indent=2) + "\n")
             temporary.replace(path)
-        raise OpenVisionError(
+        error = OpenVisionError(
             f"step {step}: {', '.join(wrong)} not finite, as in all of the last {self.in_a_row} steps (max_skipped is "
             f"{self.limit}); the batch's samples are in {path}. Look at them, or lower the peak learning rate; the "
             "last checkpoint is from before"
         )
+        error.alike = True
+        raise error
