@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = getattr(error, "signal_number", 0)  # training's RunInterrupted: all is saved
         if not (getattr(error, "alike", False) and os.environ.get("RANK", "0") != "0"):
             complain(describe(error))
-        if os.environ.get("WORLD_SIZE", "1") != "1":  # the usual end could wait for the run's other processes
+        if _in_a_world():  # the usual end could wait for the run's other processes
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(128 + code if code else USAGE)
@@ -157,6 +157,11 @@ def describe(error: Exception) -> str:
     with tempfile.NamedTemporaryFile("w", prefix="ov3-error-", suffix=".txt", delete=False) as file:
         file.write("".join(traceback.format_exception(error)))
     return f"unexpected {type(error).__name__}: {text[:300]} (traceback in {file.name})"
+
+
+def _in_a_world() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def complain(line: str) -> int:
