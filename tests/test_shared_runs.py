@@ -206,7 +206,7 @@ def killed_run(
             how = "all"
             time.sleep(rng.uniform(0, 8))  # at any moment of the start, too
         else:
-            wait_for_steps(processes[0], folder / "metrics.jsonl", rng.randint(2, 4), SECONDS)
+            wait_for_steps(processes[0], folder / "metrics.jsonl", rng.randint(2, 3), SECONDS)
             time.sleep(rng.uniform(0, 0.02))
         kill(how, processes, rng, folder)
         errors = finish(processes, 120)  # the others notice, and end by themselves
