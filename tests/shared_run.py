@@ -7,6 +7,7 @@ the batch is used.
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,7 @@ def main() -> int:
             row = json.dumps({"positions": batch.positions, "keys": batch.keys}) + "\n"
             with open(f"{out}-ids.jsonl", "a") as file:  # one write, which the system does not mix with others'
                 file.write(row)
+            time.sleep(float(os.environ.get("PAUSE") or 0))
             yield batch
 
     loop.open_stream = recorded  # type: ignore[assignment]

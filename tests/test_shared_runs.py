@@ -33,7 +33,7 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> VAEConfig:
 
 def start(
     size: int, folder: Path, vae: VAEConfig, steps: int, workers: int = 0, precision: str = "fp64", kind: str = "ddp",
-    saves: str = "", spoil: str = "", command: Sequence[str] = (),
+    saves: str = "", spoil: str = "", pause: float = 0.0, command: Sequence[str] = (),
 ) -> list[subprocess.Popen]:  # fmt: skip
     """The processes of a run, which meet at a port of their own."""
     with socket.socket() as free:
@@ -50,6 +50,7 @@ def start(
         "MASTER_PORT": str(port),
         "SAVES": saves,
         "SPOIL": spoil,
+        "PAUSE": str(pause),
     }
     return [
         subprocess.Popen(
@@ -196,7 +197,8 @@ def killed_run(
     while True:
         size, workers = rng.choice(COUNTS), rng.randint(0, 2)
         saves = rng.choice(("", "background"))
-        processes = start(size, folder, vae, steps, workers, precision, rng.choice(kinds), saves)
+        # a pause in each step, or a busy machine would be through with many before the kill
+        processes = start(size, folder, vae, steps, workers, precision, rng.choice(kinds), saves, pause=0.1)
         if sum(done.values()) == kills:
             errors = finish(processes)
             assert not any(process.returncode for process in processes), "\n".join(errors)
