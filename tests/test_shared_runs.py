@@ -107,7 +107,7 @@ def largest_difference(folder: Path, unbroken: Path) -> float:
     return max(differences)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_stopped_by_a_signal_and_resumed_by_others(tmp_path: Path, vae: VAEConfig, kind: str) -> None:
     """Two processes, of which one is asked to stop; then one; then four."""
     complete(1, tmp_path / "unbroken", vae, 9)
@@ -128,7 +128,7 @@ def test_stopped_by_a_signal_and_resumed_by_others(tmp_path: Path, vae: VAEConfi
     assert all((weights[name] - wanted[name]).norm() <= 1e-6 * wanted[name].norm() for name in wanted)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_a_step_that_one_process_spoils_is_skipped_by_all(tmp_path: Path, vae: VAEConfig, kind: str) -> None:
     """NaN in the third step of the last of two processes, or of one alone: the same run."""
     complete(1, tmp_path / "alone", vae, 6, spoil="0")
