@@ -83,7 +83,7 @@ def rows(source: Any, start: int, stop: int, **options: Any) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_flaky_s3_endpoint_trains_like_the_disk(
     tars: Path, proxy: FlakyProxy, tmp_path: Path, num_workers: int
 ) -> None:
