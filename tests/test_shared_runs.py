@@ -204,9 +204,10 @@ def killed_run(
             assert not any(process.returncode for process in processes), "\n".join(errors)
             return done
         how = rng.choice(list(done))
-        if rng.random() < 0.25:
+        saved = [int(path.name[5:]) for path in checkpoints(folder / "checkpoints")]
+        if max(saved, default=0) > steps * sum(done.values()) / kills:  # ahead: at any moment of the start
             how = "all"
-            time.sleep(rng.uniform(0, 8))  # at any moment of the start, too
+            time.sleep(rng.uniform(0, 4))
         else:
             wait_for_steps(processes[0], folder / "metrics.jsonl", rng.randint(2, 3), SECONDS)
             time.sleep(rng.uniform(0, 0.02))
