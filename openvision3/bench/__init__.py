@@ -1,0 +1,1 @@
+"""Measurements of speed and memory: `ov3 bench`."""
