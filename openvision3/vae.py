@@ -36,6 +36,9 @@ class FrozenVAE(nn.Module):
     def train(self, mode: bool = True) -> "FrozenVAE":
         return super().train(False)
 
+    def compile_layers(self) -> None:
+        """Has PyTorch compile what gains by it, if anything: slow first calls, faster ones later."""
+
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], H and W multiples of `config.factor`, to scaled latents (B, C, h, w).
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from openvision3.config import OpenVisionError, VAEConfig
 from openvision3.vae import FrozenVAE
+from openvision3.vae_fast import FastAutoencoder, fast_autoencoder
 
 FLUX_SCALE = 0.3611
 FLUX_SHIFT = 0.1159
@@ -76,8 +77,19 @@ def read_config(source: str) -> VAEConfig:
     )
 
 
+class _Prepared(dict[torch.dtype, FastAutoencoder | None]):
+    """Fast forms by the type that they compute in; a copy of the VAE makes its own."""
+
+    def __reduce__(self) -> Any:
+        return _Prepared, ()
+
+
 class DiffusersVAE(FrozenVAE):
-    """A diffusers autoencoder with the latent convention of its config; computes in the weights' type, fp32 or bf16."""
+    """A diffusers autoencoder with the latent convention of its config.
+
+    Computes in the weights' type, fp32 or bf16, or in bf16 under such autocast. An AutoencoderKL (FLUX.1's,
+    Stable Diffusion's) does so by `vae_fast.py`, with a copy of its weights; any other by its own code.
+    """
 
     def __init__(self, config: VAEConfig, autoencoder: Any) -> None:
         """Raises `OpenVisionError` where the autoencoder's channels or factor are not the config's."""
@@ -89,14 +101,37 @@ class DiffusersVAE(FrozenVAE):
                 f"its config says {config.channels} and {config.factor}"
             )
         self.autoencoder = autoencoder
+        self.compiled, self.prepared = False, _Prepared()
+        self.register_load_state_dict_post_hook(lambda *_: self.prepared.clear())
         self.freeze()
+
+    def compile_layers(self) -> None:
+        """See `FrozenVAE`."""
+        self.compiled = True
+        self.prepared.clear()
+
+    def fast(self, inputs: Tensor) -> FastAutoencoder | None:
+        """What computes for such inputs; None: the autoencoder's own code."""
+        device = inputs.device.type
+        # FLOPs are counted on the meta device, as the autoencoder is written; an exporter wants its modules
+        if device == "meta" or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            return None
+        dtype = next(self.autoencoder.parameters()).dtype
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
+            dtype = torch.bfloat16
+        if dtype not in self.prepared:
+            self.prepared[dtype] = fast_autoencoder(self.autoencoder, dtype, self.compiled)
+        return self.prepared[dtype]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "DiffusersVAE":
         super()._apply(fn, recurse)
+        self.prepared.clear()
         _refuse_half(next(self.autoencoder.parameters()).dtype)
         return self
 
     def _encode(self, images: Tensor) -> Tensor:
+        if (fast := self.fast(images)) is not None:
+            return fast.encode(images).to(images.dtype)
         with _precision(self.autoencoder, images) as dtype:
             output = self.autoencoder.encode(images.to(dtype))
         if hasattr(output, "latent_dist"):
@@ -108,6 +143,8 @@ class DiffusersVAE(FrozenVAE):
         return latents.to(images.dtype)
 
     def _decode(self, latents: Tensor) -> Tensor:
+        if (fast := self.fast(latents)) is not None:
+            return fast.decode(latents).to(latents.dtype)
         with _precision(self.autoencoder, latents) as dtype:
             images = self.autoencoder.decode(latents.to(dtype)).sample
         return images.to(latents.dtype)

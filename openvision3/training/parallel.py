@@ -31,6 +31,7 @@ from openvision3.config import OpenVisionError, ParallelKind
 from openvision3.distributed import ALONE, World
 from openvision3.model.blocks import Block
 from openvision3.training.precision import resolve_device
+from openvision3.vae import FrozenVAE
 
 START_TIMEOUT = datetime.timedelta(minutes=5)  # that a process waits for the others to come
 TIMEOUT = datetime.timedelta(minutes=30)  # and later for an answer
@@ -205,7 +206,7 @@ def build_engine(
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compiles each transformer block by itself: one short compilation serves all blocks of a part.
+    """Compiles each transformer block by itself, and parts of the frozen VAE: one compilation serves all blocks of a part.
 
     Parameters keep their names. The first steps are slow.
     """
@@ -215,6 +216,8 @@ def compile_blocks(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Block):
             module.forward = torch.compile(module.forward)  # type: ignore[method-assign]
+        elif isinstance(module, FrozenVAE):
+            module.compile_layers()
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
