@@ -241,6 +241,8 @@ class TrainConfig:
     vocabulary: Literal["demo", "bert"] = "demo"  # of attached text towers; "bert": 30,522 entries and longer texts
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"  # "auto": the faster, timed at the start, then kept
     micro_batch: int = resumable(0)  # samples per forward pass; 0: all of a process. The losses are the whole batch's
+    vae_batch: int = resumable(0)  # pictures that go through the frozen VAE and LPIPS at once; 0: as suits the device
+    pack_text: bool = resumable(True)  # leave padding out of the text towers, where tokens work by themselves
     checkpoint_blocks: bool = resumable(False)  # recompute blocks in the backward pass: less memory, more time
     compile: bool = resumable(False)  # compile each transformer block: slow first steps, faster ones later
     parallel: ParallelKind = resumable("ddp")  # where there are several processes: parameters in each, or sharded

@@ -52,11 +52,9 @@ def perceptual_loss(
     return at_least_fp32(metric(predicted, images)).sum() / samples
 
 
-def reconstruction_loss(
-    pixel: Tensor, latent: Tensor, perceptual: Tensor | float, beta: float, lpips_weight: float
-) -> Tensor:
-    """Eq. 4: l1(x, x̂) + beta * l1(z_vae, ẑ_vae) + lambda * LPIPS(x, x̂)."""
-    return pixel + beta * latent + lpips_weight * perceptual
+def reconstruction_loss(pictures: Tensor, latent: Tensor, beta: float) -> Tensor:
+    """Eq. 4, with `pictures` = l1(x, x̂) + lambda * LPIPS(x, x̂): pictures + beta * l1(z_vae, ẑ_vae)."""
+    return pictures + beta * latent
 
 
 def caption_loss(

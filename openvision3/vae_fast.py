@@ -1,4 +1,4 @@
-"""The arithmetic of diffusers' AutoencoderKL (FLUX.1's VAE, Stable Diffusion's), made cheap for weights that are frozen.
+"""The arithmetic of diffusers' AutoencoderKL (FLUX.1's VAE, Stable Diffusion's), made cheap for frozen weights.
 
 The same function as the module's own, beyond rounding, for less time and memory:
 
@@ -52,8 +52,8 @@ class FastAutoencoder:
 def fast_autoencoder(autoencoder: Any, dtype: torch.dtype, compiled: bool = False) -> FastAutoencoder | None:
     """The fast form of a diffusers autoencoder, computing in `dtype` with copies of its weights.
 
-    None where it is no AutoencoderKL, or one with parts that are not known here. `compiled`: PyTorch compiles group norm
-    with SiLU; the first calls are slow.
+    None where it is no AutoencoderKL, or one with parts that are not known here. `compiled`: PyTorch compiles group
+    norm with SiLU; the first calls are slow.
     """
     if type(autoencoder).__name__ != "AutoencoderKL" or autoencoder.use_tiling or autoencoder.use_slicing:
         return None

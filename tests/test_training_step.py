@@ -20,7 +20,7 @@ from openvision3.training import setup
 from openvision3.training.noise import draw_noise
 from openvision3.training.optimizer import parameter_groups
 from openvision3.training.stages import plan
-from openvision3.training.step import Objective, without_padding
+from openvision3.training.step import Objective
 from openvision3.training.watch import FiniteWatch
 from openvision3.vae import load_vae
 
@@ -245,7 +245,6 @@ def test_watch_skips_until_there_are_too_many_in_a_row(tmp_path: Path, batch: Ba
 
 
 def test_padding_that_all_rows_share_is_left_out_and_changes_nothing(vae: VAEConfig, batch: Batch) -> None:
-    assert without_padding(torch.tensor([[5, 6, 0, 0], [5, 6, 7, 0]]), 0).tolist() == [[5, 6, 0], [5, 6, 7]]
     model = build(vae)
     assert model.text_encoder is not None
     ids = batch.alt_ids
@@ -274,3 +273,20 @@ def test_a_stage_can_have_scenes_of_its_own(tmp_path: Path) -> None:
         for stream in (first, second)
     ]
     assert counts == [{1}, {4}]
+
+
+@pytest.mark.parametrize("micro_batch", [0, 4])
+def test_speed_options_change_nothing(vae: VAEConfig, batch: Batch, micro_batch: int) -> None:
+    model = build(vae).double()
+
+    def losses_and_gradients(**options) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        objective = Objective(model, LOSS, 0.5, load_lpips().double(), seed=3, micro_batch=micro_batch, **options)
+        return objective.backward(batch), gradients(model)
+
+    expected = losses_and_gradients(pack_text=False, vae_batch=8)
+    for options in ({"pack_text": True, "vae_batch": 8}, {"pack_text": False, "vae_batch": 1}):
+        found = losses_and_gradients(**options)
+        for a, b in zip(expected, found, strict=True):
+            assert a.keys() == b.keys()
+            for name in a:
+                torch.testing.assert_close(a[name], b[name], msg=name)

@@ -78,7 +78,7 @@ CONVOLUTION = (128, 128)  # channels, side of the picture: the widest layers of 
 
 
 def limits(device: torch.device, dtype: torch.dtype, rounds: int = 5) -> dict[str, Spread]:
-    """FLOP/s of a "matrix product" (2048 x 2048 by the same) and a "convolution" (3 x 3, 128 channels, channels_last)."""
+    """FLOP/s of a "matrix product" (2048 x 2048 by the same) and a "convolution" (3 x 3, 128 channels, 128 px)."""
     side, (channels, size) = MATRIX_SIDE, CONVOLUTION
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     convolution = nn.Conv2d(channels, channels, 3, padding=1, device=device, dtype=dtype).requires_grad_(False)

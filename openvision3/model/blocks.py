@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from openvision3.config import Activation, AttentionPath, OpenVisionError, TransformerConfig
+from openvision3.model.packing import Packing
 
 SIZES: dict[str, TransformerConfig] = {
     "Ti": TransformerConfig(192, 12, 3),
@@ -120,17 +121,30 @@ class SelfAttention(nn.Module):
         init_linear(self.out)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, first_query: int = 0, past: KeyValue | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        first_query: int = 0,
+        past: KeyValue | None = None,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, KeyValue]:
-        """(B, N, W) -> the outputs of the positions from `first_query` on, and the keys and values including `past`."""
-        qkv = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        """(B, N, W) -> the outputs of the positions from `first_query` on, and the keys and values including `past`.
+
+        With `packing`, x is packed, (T, W), and so are the outputs, but for a `first_query` above 0.
+        """
+        projected = self.qkv(x)
+        if packing is not None:
+            projected = packing.unpack(projected)
+        qkv = rearrange(projected, "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         query, key, value = qkv.unbind(0)
         if past is not None:
             key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
         if mask is not None and mask.shape[-2] > 1:
             mask = mask[..., first_query:, :]
-        mixed = attend(query[:, :, first_query:], key, value, mask, self.path)
-        return self.out(rearrange(mixed, "b h n d -> b n (h d)")), (key, value)
+        mixed = rearrange(attend(query[:, :, first_query:], key, value, mask, self.path), "b h n d -> b n (h d)")
+        if packing is not None and not first_query:
+            mixed = packing.pack(mixed)
+        return self.out(mixed), (key, value)
 
 
 class CrossAttention(nn.Module):
@@ -155,10 +169,12 @@ class CrossAttention(nn.Module):
         key, value = pair.unbind(0)
         return key, value
 
-    def forward(self, x: Tensor, context: KeyValue) -> Tensor:
-        """(B, N, W) -> (B, N, W)"""
-        query = rearrange(self.query(x), "b n (h d) -> b h n d", h=self.num_heads)
-        return self.out(rearrange(attend(query, *context, None, self.path), "b h n d -> b n (h d)"))
+    def forward(self, x: Tensor, context: KeyValue, packing: Packing | None = None) -> Tensor:
+        """(B, N, W) -> (B, N, W); with `packing`, (T, W) -> (T, W)"""
+        query = self.query(x) if packing is None else packing.unpack(self.query(x))
+        query = rearrange(query, "b n (h d) -> b h n d", h=self.num_heads)
+        mixed = rearrange(attend(query, *context, None, self.path), "b h n d -> b n (h d)")
+        return self.out(mixed if packing is None else packing.pack(mixed))
 
 
 class Mlp(nn.Module):
@@ -190,11 +206,19 @@ class Block(nn.Module):
         self.mlp = Mlp(config)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None, first_query: int = 0
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        context: Tensor | None = None,
+        first_query: int = 0,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """(B, N, W) -> (B, N - first_query, W); `context` (B, M, C) where the block has cross-attention."""
+        """(B, N, W) -> (B, N - first_query, W); `context` (B, M, C) where the block has cross-attention.
+
+        With `packing`, packed (T, W) -> (T, W); with a `first_query` above 0 too, -> (B, N - first_query, W), unpacked.
+        """
         cross = self.cross.project(context) if self.cross is not None and context is not None else None
-        return self.step(x, mask, cross, first_query)[0]
+        return self.step(x, mask, cross, first_query, packing=packing)[0]
 
     def step(
         self,
@@ -203,13 +227,16 @@ class Block(nn.Module):
         cross: KeyValue | None = None,
         first_query: int = 0,
         past: KeyValue | None = None,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """As `forward`, with projected context and the keys and values of earlier positions; returns these extended."""
-        mixed, kept = self.attention(self.norm_1(x), mask, first_query, past)
-        x = x[:, first_query:] + mixed
+        mixed, kept = self.attention(self.norm_1(x), mask, first_query, past, packing)
+        if packing is not None and first_query:
+            x, packing = packing.unpack(x), None
+        x = (x[:, first_query:] if first_query else x) + mixed
         if self.cross is not None:
             assert cross is not None and self.norm_cross is not None
-            x = x + self.cross(self.norm_cross(x), cross)
+            x = x + self.cross(self.norm_cross(x), cross, packing)
         return x + self.mlp(self.norm_2(x)), kept
 
     @torch.no_grad()
@@ -232,9 +259,14 @@ class Transformer(nn.Module):
             block.scale_outputs(config.residual_init)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None, first_query: int = 0
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        context: Tensor | None = None,
+        first_query: int = 0,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """(B, N, W) -> (B, N - first_query, W).
+        """(B, N, W) -> (B, N - first_query, W); `packing` as for `Block`.
 
         The outputs of the positions before `first_query` are not needed by the caller; since they only matter as keys
         and values, the last block does not compute them.
@@ -243,9 +275,9 @@ class Transformer(nn.Module):
         for index, block in enumerate(self.blocks):
             first = first_query if index == last else 0
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, mask, context, first, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, mask, context, first, packing, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, mask, context, first)
+                x = block(x, mask, context, first, packing)
         return x
 
 

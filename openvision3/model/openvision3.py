@@ -15,6 +15,7 @@ from openvision3.model.encoder import VisionEncoder, square_grid
 from openvision3.model.external import ExternalEncoder
 from openvision3.model.flops import forward_flops
 from openvision3.model.generate import beam_search, greedy_search
+from openvision3.model.packing import Packing
 from openvision3.model.text import CaptionDecoder, TextEncoder
 from openvision3.vae import FrozenVAE
 
@@ -145,9 +146,12 @@ class OpenVision3(nn.Module):
         ids = self._need_tokenizer().encode_contrastive(list(texts), encoder.config.context_length)
         return self.embed_text_ids(ids.to(self.device))
 
-    def embed_text_ids(self, ids: Tensor) -> Tensor:
-        """Ids (B, L), `[bos] words [eos] pad... [cls]` -> L2-normalised embeddings (B, embed_dim)."""
-        return F.normalize(self._need(self.text_encoder, "text encoder")(ids), dim=-1)
+    def embed_text_ids(self, ids: Tensor, packing: Packing | None = None) -> Tensor:
+        """Ids (B, L), `[bos] words [eos] pad... [cls]` -> L2-normalised embeddings (B, embed_dim).
+
+        `packing`: of what is no padding in `ids`; the same result for less work.
+        """
+        return F.normalize(self._need(self.text_encoder, "text encoder")(ids, packing), dim=-1)
 
     def temperature(self) -> Tensor:
         """Factor of the cosines in the contrastive loss: exp(logit_scale), at most 100.
@@ -170,13 +174,20 @@ class OpenVision3(nn.Module):
         """
         return self._need(self.text_decoder, "text decoder")(tokens, caption_ids[:, :-1], grid)
 
-    def caption_loss(self, tokens: Tensor, caption_ids: Tensor, normalizer: Tensor | int | float) -> Tensor:
+    def caption_loss(
+        self,
+        tokens: Tensor,
+        caption_ids: Tensor,
+        normalizer: Tensor | int | float,
+        packing: Packing | None = None,
+    ) -> Tensor:
         """Cross-entropy of `caption_logits`, summed over targets that are not padding, divided by `normalizer`.
 
-        The logits are never all there (see `losses.caption_loss`).
+        The logits are never all there (see `losses.caption_loss`). `packing`: of what is no padding in the targets,
+        caption_ids[:, 1:]; the same result for less work.
         """
         decoder = self._need(self.text_decoder, "text decoder")
-        return decoder.loss(tokens, caption_ids[:, :-1], caption_ids[:, 1:], normalizer)
+        return decoder.loss(tokens, caption_ids[:, :-1], caption_ids[:, 1:], normalizer, packing)
 
     def caption(
         self,

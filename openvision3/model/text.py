@@ -18,6 +18,7 @@ from openvision3.model.blocks import (
     sincos_positions,
 )
 from openvision3.model.encoder import square_grid
+from openvision3.model.packing import Packing
 
 _POSITION_STD = 0.01  # learned positions, as CLIP's text tower
 
@@ -45,6 +46,10 @@ class TextEmbedding(nn.Module):
             ids, positions = ids[:, keep], positions[keep]
         return F.embedding(ids, self.tokens) + positions
 
+    def packed(self, ids: Tensor, packing: Packing) -> Tensor:
+        """The packed tokens of ids (B, L), each at its own position: (T, W)."""
+        return F.embedding(packing.take(ids), self.tokens) + F.embedding(packing.columns, self.positions)
+
 
 class TextEncoder(nn.Module):
     """Bidirectional tower over `[bos] words [eos] pad... [cls]`; the feature is the last position (OpenVision 1).
@@ -63,8 +68,15 @@ class TextEncoder(nn.Module):
         self.projection = nn.Linear(size.width, embed_dim, bias=False)
         init_projection(self.projection)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Ids (B, L), [cls] last -> projected feature (B, embed_dim), not L2-normalised."""
+    def forward(self, ids: Tensor, packing: Packing | None = None) -> Tensor:
+        """Ids (B, L), [cls] last -> projected feature (B, embed_dim), not L2-normalised.
+
+        `packing`: of what is no padding in `ids`; the same result for less work.
+        """
+        if packing is not None:
+            last = packing.used.shape[1] - 1
+            x, mask = self.embedding.packed(ids, packing), packing.used[:, None, None, :]
+            return self.projection(self.norm(self.transformer(x, mask, first_query=last, packing=packing)[:, 0]))
         used = ids != self.config.pad_id
         # Columns that are padding in every row change nothing. On a GPU finding them would wait for the device, and
         # tensors without values (of a dry run, or an export) can't be asked.
@@ -123,10 +135,36 @@ class CaptionDecoder(nn.Module):
         """
         return F.linear(self._hidden(tokens, ids, grid), self.embedding.tokens)
 
-    def loss(self, tokens: Tensor, ids: Tensor, targets: Tensor, normalizer: Tensor | int | float) -> Tensor:
-        """`losses.caption_loss` of `forward`'s logits, which are never all there; targets (B, L)."""
-        hidden = self._hidden(tokens, ids, None)
+    def loss(
+        self,
+        tokens: Tensor,
+        ids: Tensor,
+        targets: Tensor,
+        normalizer: Tensor | int | float,
+        packing: Packing | None = None,
+    ) -> Tensor:
+        """`losses.caption_loss` of `forward`'s logits, which are never all there; targets (B, L).
+
+        `packing`: of what is no padding in `targets`; the same result for less work.
+        """
+        if packing is None:
+            hidden = self._hidden(tokens, ids, None)
+        else:
+            hidden, targets = self._packed_hidden(tokens, ids, packing), packing.take(targets)
         return caption_loss(hidden, self.embedding.tokens, targets, self.config.pad_id, normalizer)
+
+    def _packed_hidden(self, tokens: Tensor, ids: Tensor, packing: Packing) -> Tensor:
+        """What the output matrix multiplies, of the packed tokens alone: (T, W)."""
+        image, text = self._image(tokens, None), self.embedding.packed(ids, packing)
+        length = packing.used.shape[1]
+        if self.image_projection is None:
+            mask = causal_mask(length, 0, text.device)
+            return self.norm(self.transformer(text, mask, context=image, packing=packing))
+        prefix = image.shape[1]
+        x = torch.cat([self.image_projection(image).to(text.dtype).flatten(0, 1), text])
+        behind = packing.after(prefix)
+        x = self.transformer(x, causal_mask(length, prefix, text.device), first_query=prefix, packing=behind)
+        return self.norm(packing.pack(x))
 
     def _hidden(self, tokens: Tensor, ids: Tensor, grid: tuple[int, int] | None) -> Tensor:
         """What the output matrix multiplies, (B, L, W)."""

@@ -15,6 +15,7 @@ from openvision3.model.external import ExternalEncoder
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.training.attach import is_run, trained_model
 from openvision3.training.checkpoint import checkpoint_step, checkpoints
+from openvision3.training.decoded import pictures_at_once
 from openvision3.training.frozen import LOSSES, part_of, trained_losses
 from openvision3.training.latents import latents_folder
 from openvision3.training.memory import STATE_BYTES, activation_bytes
@@ -150,6 +151,11 @@ def _stage_lines(
     trained = trained_parameters(config, model)
     others = sum(count for name, count in model.num_parameters().items() if name != "vae") - trained
     weights = trained * STATE_BYTES + others * 4  # frozen ones in fp32
+    picture = kept.pop("vae_decoder", 0.0)
+    decoded = 0.0
+    if vae is not None and picture:
+        at_once = pictures_at_once(vae, device, settings.resolution, config.vae_batch)
+        decoded = picture * min(at_once, -(-micro // config.loss.pixel_stride))
     sample = sum(kept.values())
     by_part = ", ".join(f"{name} {_bytes(count)}" for name, count in kept.items())
     without = "" if vae is not None or config.model.input == "pixels" else ", without the VAE, which is not here"
@@ -159,9 +165,9 @@ def _stage_lines(
         f"  peak rate {settings.peak_lr:.3g} (base {settings.base_lr:.3g} x {settings.batch_size:,} / 256), "
         f"warm-up over {settings.warmup_samples:,} samples, cosine to 0; lambda {settings.lpips_weight:g}",
         f"  training FLOPs: about {work / 1e9:,.1f} G a sample, {work * samples:.3g} in the stage{without}",
-        f"  memory a sample: about {_bytes(sample)} in {precision} ({by_part}){without}",
-        f"  memory of the step: about {_bytes(weights + sample * micro)} "
-        f"({_bytes(weights)} weights and optimizer, {_bytes(sample * micro)} activations)",
+        f"  memory a sample: about {_bytes(sample)} in {precision} ({by_part})",
+        f"  memory of the step: about {_bytes(weights + sample * micro + decoded)} ({_bytes(weights)} weights and "
+        f"optimizer, {_bytes(sample * micro)} activations, {_bytes(decoded)} of the VAE's decoder){without}",
     ]
 
 

@@ -22,7 +22,8 @@ def activation_bytes(
 ) -> dict[str, float]:
     """Bytes that the forward pass of one sample keeps for the backward pass, by part; nothing is computed.
 
-    Without `vae`, the decoding of pixels (of one sample in `loss.pixel_stride`) is left out. LPIPS is not counted.
+    "vae_decoder" is that of a picture that is decoded, of which `training/decoded.py` keeps few at a time. It is left
+    out without `vae`. LPIPS is not counted.
     """
     with torch.device("meta"):
         model = OpenVision3(config.model, copy.deepcopy(vae) if vae is not None else None)
@@ -59,10 +60,7 @@ def activation_bytes(
                 return _saved_bytes(model, lambda: run(samples))
 
         # The difference of two batch sizes leaves out what a batch keeps whatever its size, such as casts of weights.
-        bytes_by_part = {name: (saved(run, 3) - saved(run, 1)) / 2 for name, run in parts.items()}
-    if "vae_decoder" in bytes_by_part:
-        bytes_by_part["vae_decoder"] /= config.loss.pixel_stride
-    return bytes_by_part
+        return {name: (saved(run, 3) - saved(run, 1)) / 2 for name, run in parts.items()}
 
 
 def _empty_tensors(model: nn.Module) -> None:

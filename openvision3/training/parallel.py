@@ -206,7 +206,7 @@ def build_engine(
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compiles each transformer block by itself, and parts of the frozen VAE: one compilation serves all blocks of a part.
+    """Compiles each transformer block, and parts of the frozen VAE: one compilation serves all blocks of a part.
 
     Parameters keep their names. The first steps are slow.
     """

@@ -143,6 +143,8 @@ def build_objective(
         perceptual,
         seed=config.seed,
         micro_batch=config.micro_batch,
+        vae_batch=config.vae_batch,
+        pack_text=config.pack_text,
         precision=precision,
         frozen=config.frozen,
         world=world,

@@ -88,6 +88,7 @@ def validate(config: TrainConfig) -> None:
     for name, value, least in (
         ("loss.pixel_stride", config.loss.pixel_stride, 1),
         ("micro_batch", config.micro_batch, 0),
+        ("vae_batch", config.vae_batch, 0),
         ("log_every", config.log_every, 1),
         ("keep_checkpoints", config.keep_checkpoints, 1),
         ("eval_every", config.eval_every, 0),

@@ -22,6 +22,8 @@ from openvision3.data.batches import Batch
 from openvision3.distributed import ALONE, World
 from openvision3.evaluation.perceptual import Perceptual
 from openvision3.model.openvision3 import OpenVision3
+from openvision3.model.packing import Packing
+from openvision3.training.decoded import DecodedLosses, encode_pixels, pictures_at_once, to_images
 from openvision3.training.frozen import trained_losses
 from openvision3.training.noise import draw_noise
 from openvision3.training.parallel import Engine
@@ -29,6 +31,9 @@ from openvision3.training.precision import Precision, autocast
 from openvision3.vae import FrozenVAE
 
 Losses = dict[str, Tensor]  # by part, scalars
+
+# On a device, rows and columns of packed texts come in multiples of this: a shape that changes costs more than padding.
+DEVICE_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -44,11 +49,13 @@ class MicroBatch:
     caption_ids: Tensor  # (M, Ld)
     dtype: torch.dtype  # of the weights
     cached: bool  # the latents came with the batch, and `pixels` are only those that are compared: (P, 3, R, R)
+    packed_texts: Packing | None = None  # of alt_ids and caption_text_ids, one after the other
+    packed_captions: Packing | None = None  # of the targets, caption_ids[:, 1:]
 
     @property
     def images(self) -> Tensor:
         """The pixels in [-1, 1]."""
-        return self.pixels.to(self.dtype) / 127.5 - 1
+        return to_images(self.pixels, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,9 @@ class Objective:
 
     `lpips_weight` is the stage's lambda, and `perceptual` LPIPS on the model's device (None where lambda is 0). `seed`
     is the noise's. `micro_batch` is the number of samples a forward pass (0: all of this process). Losses of `frozen`
-    parts alone are left out, and a frozen encoder runs without a graph. `engine` runs the model's passes, and sums the
+    parts alone are left out, and a frozen encoder runs without a graph. `vae_batch` is the number of pictures that go
+    through the frozen VAE (and LPIPS) at once (0: as suits the device). `pack_text` leaves padding out of the text
+    towers. `engine` runs the model's passes, and sums the
     gradients of the processes that share the batch, `world`; without, each has its share of them.
     """
 
@@ -90,6 +99,8 @@ class Objective:
         *,
         seed: int = 0,
         micro_batch: int = 0,
+        vae_batch: int = 0,
+        pack_text: bool = True,
         precision: Precision = "fp32",
         frozen: Collection[ModelPart] = (),
         world: World = ALONE,
@@ -99,7 +110,7 @@ class Objective:
         wants_bias = model.text_encoder is not None and config.contrastive == "sigmoid"
         assert wants_bias == (model.logit_bias is not None), "a model has a logit_bias for the sigmoid loss alone"
         self.model, self.config, self.lpips_weight, self.perceptual = model, config, lpips_weight, perceptual
-        self.seed, self.micro_batch = seed, micro_batch
+        self.seed, self.micro_batch, self.vae_batch, self.pack_text = seed, micro_batch, vae_batch, pack_text
         self.precision: Precision = precision
         self.world, self.engine = world, engine or Engine(model)
         self.device, self.dtype = model.device, model.logit_scale.dtype
@@ -122,6 +133,7 @@ class Objective:
         with torch.no_grad():
             found = self._summed(found)
             summary = self._combine(found)
+            found.pop("pictures", None)  # pixel_l1 and lpips are its parts
         record = {"temperature": self.model.temperature(), "token_rms": self.model.token_rms}
         if self.model.logit_bias is not None:
             record["logit_bias"] = self.model.logit_bias
@@ -212,12 +224,28 @@ class Objective:
             micro = MicroBatch(
                 first + start, positions, pixels, None, alt_ids, caption_text_ids, caption_ids, self.dtype, cached
             )
+            if self.pack_text:
+                texts = torch.cat([batch.alt_ids[part], batch.caption_text_ids[part]])
+                micro = self._packed(micro, texts, batch.caption_ids[part, 1:])
             if batch.latents is not None:
                 micro = replace(micro, latents=at_least_fp32(self._to_device(batch.latents[part]).to(self.dtype)))
             elif self.model.config.input == "latents" and (self._reads_latents or "reconstruction" in self.trained):
-                with torch.no_grad(), autocast(self.device, self.precision):
-                    micro = replace(micro, latents=at_least_fp32(self._vae.encode(micro.images)))
+                with autocast(self.device, self.precision):
+                    latents = encode_pixels(self._vae, micro.pixels, self.dtype, self._at_once(micro))
+                micro = replace(micro, latents=latents)
             yield micro
+
+    def _packed(self, batch: MicroBatch, texts: Tensor, targets: Tensor) -> MicroBatch:
+        """With the packings of texts and captions, made on the host from ids that are there."""
+        config = self.model.config
+        multiple = 1 if self.device.type == "cpu" else DEVICE_MULTIPLE
+        if "contrastive" in self.trained and config.text_encoder is not None:
+            packing = Packing.of(texts != config.text_encoder.pad_id, multiple)
+            batch = replace(batch, packed_texts=packing.to(self.device))
+        if "caption" in self.trained and config.text_decoder is not None:
+            packing = Packing.of(targets != config.text_decoder.pad_id, multiple)
+            batch = replace(batch, packed_captions=packing.to(self.device))
+        return batch
 
     def _compared(self, first: int, start: int, stop: int) -> slice:
         """Of the compared samples of this process, whose first is `first` in the global batch: those in start:stop."""
@@ -227,6 +255,9 @@ class Objective:
     def _to_device(self, tensor: Tensor) -> Tensor:
         pinned = tensor.pin_memory() if self.device.type == "cuda" else tensor  # else the copy would wait
         return pinned.to(self.device, non_blocking=True)
+
+    def _at_once(self, batch: MicroBatch) -> int:
+        return pictures_at_once(self._vae, self.device, batch.pixels.shape[-1], self.vae_batch)
 
     @property
     def _vae(self) -> FrozenVAE:
@@ -256,7 +287,7 @@ class Objective:
     def _features(self, batch: MicroBatch, tokens: Tensor) -> Features | None:
         if "contrastive" not in self.trained:
             return None
-        texts = self.model.embed_text_ids(torch.cat([batch.alt_ids, batch.caption_text_ids]))
+        texts = self.model.embed_text_ids(torch.cat([batch.alt_ids, batch.caption_text_ids]), batch.packed_texts)
         alt, caption_text = at_least_fp32(texts).chunk(2)
         return Features(at_least_fp32(self.model.pool(tokens)), alt, caption_text)
 
@@ -281,12 +312,9 @@ class Objective:
         if "reconstruction" in self.trained:
             found |= self._reconstruction(batch, tokens, rms, counts)
         if "caption" in self.trained and self.model.config.text_decoder is not None:
-            pad_id = self.model.config.text_decoder.pad_id
-            ids = batch.caption_ids
-            # elsewhere a shape that changes costs more than the padding; a dry run's tensors have no values to look at
-            if self.device.type == "cpu" and type(ids) is Tensor:
-                ids = without_padding(ids, pad_id)
-            found["caption"] = self.model.caption_loss(tokens, ids, counts.target_tokens)
+            found["caption"] = self.model.caption_loss(
+                tokens, batch.caption_ids, counts.target_tokens, batch.packed_captions
+            )
         return found
 
     def _reconstruction(self, batch: MicroBatch, tokens: Tensor, rms: Tensor, counts: Counts) -> Losses:
@@ -295,17 +323,24 @@ class Objective:
         sigma, epsilon = draw_noise(self.seed, batch.positions, tokens.shape[1:], model.config.noise_tau, self.device)
         noisy = losses.add_noise(tokens, sigma, epsilon, rms if model.config.noise_relative else 1.0)
         chosen = slice(-batch.start % stride, None, stride)
-        images = batch.images if batch.cached else batch.images[chosen]
-        if batch.latents is None:
-            images_hat = model.decode(noisy)[chosen]
-        else:
-            latents_hat = model.decode_latents(noisy)
-            found["latent_l1"] = losses.latent_l1(latents_hat, batch.latents, counts.samples)
-            images_hat = self._vae.decode(latents_hat[chosen]) if len(images) else images
-        found["pixel_l1"] = losses.pixel_l1(images_hat, images, counts.compared)
-        if self.perceptual is not None:  # every process names the same losses, also where it scores no pixels
-            lpips = losses.perceptual_loss(self.perceptual, images_hat, images, counts.compared) if len(images) else 0
-            found["lpips"] = torch.as_tensor(lpips, dtype=self.dtype, device=self.device)
+        pixels = batch.pixels if batch.cached else batch.pixels[chosen]
+        if batch.latents is None:  # a model of pixels
+            images, images_hat = to_images(pixels, self.dtype), model.decode(noisy)[chosen]
+            found["pictures"] = found["pixel_l1"] = losses.pixel_l1(images_hat, images, counts.compared)
+            if self.perceptual is not None:  # every process names the same losses, also where it scores no pixels
+                lpips = torch.zeros((), dtype=self.dtype, device=self.device)
+                if len(images):
+                    lpips = losses.perceptual_loss(self.perceptual, images_hat, images, counts.compared)
+                found["lpips"] = lpips
+                found["pictures"] = found["pixel_l1"] + self.lpips_weight * found["lpips"]
+            return found
+        latents_hat, at_once = model.decode_latents(noisy), self._at_once(batch)
+        found["latent_l1"] = losses.latent_l1(latents_hat, batch.latents, counts.samples)
+        found["pictures"], found["pixel_l1"], lpips = DecodedLosses.apply(
+            latents_hat[chosen], pixels, self._vae, self.perceptual, self.lpips_weight, counts.compared, at_once
+        )
+        if self.perceptual is not None:
+            found["lpips"] = lpips
         return found
 
     def _summed(self, found: Losses) -> Losses:
@@ -316,15 +351,10 @@ class Objective:
     def _combine(self, found: Losses) -> Losses:
         """Eqs. 4-6 over whichever parts are there."""
         config, zero = self.config, torch.zeros((), device=self.device)
-        pixel, latent, lpips = (found.get(name, zero) for name in ("pixel_l1", "latent_l1", "lpips"))
-        caption, contrastive = (found.get(name, zero) for name in ("caption", "contrastive"))
-        reconstruction = losses.reconstruction_loss(pixel, latent, lpips, config.beta, self.lpips_weight)
+        pictures, latent, caption, contrastive = (
+            found.get(name, zero) for name in ("pictures", "latent_l1", "caption", "contrastive")
+        )
+        reconstruction = losses.reconstruction_loss(pictures, latent, config.beta)
         understanding = losses.understanding_loss(caption, contrastive, config.alpha)
         total = losses.total_loss(reconstruction, understanding, config.omega_rec, config.omega_und)
         return {"reconstruction": reconstruction, "understanding": understanding, "total": total}
-
-
-def without_padding(ids: Tensor, pad_id: int) -> Tensor:
-    """Ids (B, L) without the last columns that are padding in every row; two at least remain."""
-    longest = int((ids != pad_id).sum(dim=1).max())
-    return ids[:, : max(longest, 2)]
