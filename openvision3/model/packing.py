@@ -1,8 +1,8 @@
 """Texts without their padding: rows of real tokens alone go through all that works on one token at a time.
 
 Most of a text tower's work (projections, MLPs, norms, the output layer) treats each token by itself, and texts are
-mostly padding. A `Packing` says which positions of padded texts (B, L) are rows of a packed matrix (T, W); attention, which
-needs whole texts, gets them unpacked (zeros at the padding, which is masked or later than all real tokens).
+mostly padding. A `Packing` says which positions of padded texts (B, L) are rows of a packed matrix (T, W); attention,
+which needs whole texts, gets them unpacked (zeros at the padding, which is masked or later than all real tokens).
 """
 
 from dataclasses import dataclass, replace
