@@ -20,7 +20,7 @@ from openvision3.vae import FrozenVAE, TinyVAE
 Metric = Callable[[Tensor, Tensor], Tensor]
 
 # Pixels that go through a VAE at once. On a CPU few, so that they stay in its caches (benchmarks/vae_batches.py).
-CPU_PIXELS, CPU_PIXELS_TINY, DEVICE_PIXELS = 2**14, 2**18, 2**20
+CPU_PIXELS, CPU_PIXELS_TINY, DEVICE_PIXELS = 2**15, 2**18, 2**20
 
 
 def pictures_at_once(vae: FrozenVAE, device: torch.device, resolution: int, chosen: int = 0) -> int:
