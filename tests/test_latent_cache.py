@@ -149,7 +149,9 @@ def test_latents_and_boxes_are_those_of_the_crops(cache: Path, tars: Path, vae: 
             if not expected[i]:
                 assert not shard["boxes"][i].any()
                 continue
-            picture = Image.fromarray(source.read_picture(number, i))
+            encoded = source.read_picture(number, i).encoded
+            assert encoded is not None
+            picture = Image.fromarray(encoded.decode())
             for view in range(3):
                 left, top, right, bottom = shard["boxes"][i, view].tolist()
                 assert 0 <= left < right <= picture.width and 0 <= top < bottom <= picture.height
@@ -210,15 +212,15 @@ def test_batches_depend_on_seed_and_position_alone(cache: Path, tars: Path) -> N
 
 def test_only_compared_pictures_are_decoded(cache: Path, tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
-    original = samples_module.decode_image
+    original = samples_module.decode_crops
 
-    def counting(file: Any, name: str) -> Any:
+    def counting(file: Any, name: str, *what: Any) -> Any:
         decoded.append(name)
-        return original(file, name)
+        return original(file, name, *what)
 
     source, cached = TarSource(tars, DataConfig(filter=""), shuffle=False), LatentCache(cache)
     whole = [batch.images for batch in stream(source, cached, 0, 8, batch_size=8)]
-    monkeypatch.setattr(samples_module, "decode_image", counting)
+    monkeypatch.setattr(samples_module, "decode_crops", counting)
     (batch,) = stream(source, cached, 0, 8, batch_size=8, pixel_stride=3)
     assert len(decoded) == 3
     assert torch.equal(batch.images, whole[0][[0, 3, 6]])
