@@ -337,7 +337,7 @@ def test_crops_of_a_file_are_those_of_the_whole_picture(orientation: int) -> Non
     assert reductions == [2, 4, 2, 1]
     for part, full, reduction in zip(fast, exact, reductions, strict=True):
         difference = part.astype(float) - full
-        assert (difference == 0).all() if reduction == 1 else 0 < (difference**2).mean() < 1.0, reduction  # 48 dB
+        assert (difference == 0).all() if reduction == 1 else 0 < (difference**2).mean() < 1.5, reduction  # 46 dB
     alone = [decode_crops(file, "x", 32, lambda *_, box=box: [box], fast=True)[0] for box in BOXES]
     assert all(np.array_equal(a, b) for a, b in zip(fast, alone, strict=True))
 
@@ -353,7 +353,7 @@ def test_fast_crops_of_other_files() -> None:
     for mode in ("L", "CMYK"):
         file = landscape_file(mode=mode)
         full, fast = (decode_crops(file, "x", 32, lambda w, h: [(0, 0, h, h)], fast)[0] for fast in (False, True))
-        assert 0 < ((fast.astype(float) - full) ** 2).mean() < 1.0
+        assert 0 < ((fast.astype(float) - full) ** 2).mean() < 1.5
     for how in ({"format": "PNG"}, {"format": "WEBP"}, {"format": "PNG", "mode": "RGBA"}):
         file = landscape_file(**how)
         full, fast = (decode_crops(file, "x", 32, lambda w, h: [(0, 0, h, h)], fast)[0] for fast in (False, True))

@@ -113,8 +113,9 @@ def _measure(
     parts = sample_parts(feed, min(samples, PICTURES), rounds)
     rendered = feed.data.source == "demo"
     how = f", crops of {feed.data.crop_min_area:g} at least, fast_decode {'on' if feed.data.fast_decode else 'off'}"
+    print(f"{name}, {feed.resolution} px" + ("" if rendered else how))
     print_table(
-        f"{name}, {feed.resolution} px" + ("" if rendered else how),
+        "",
         ("workers", "samples/s", "samples/s a core"),
         [(rate.workers, str(rate.per_second), str(rate.per_core)) for rate in rates],
     )

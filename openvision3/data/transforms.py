@@ -82,7 +82,7 @@ def decode_crops(
 
     `boxes` gives the crops' boxes for the upright picture's width and height. With `fast`, a JPEG is decoded at a half,
     a quarter or an eighth of its size where a crop then still has `SPARE` times the pixels, each side, that it is
-    resized to. Crops differ a little then: 54 dB PSNR in the median, 48 at least (docs/PERFORMANCE.md). Each is a
+    resized to. Crops of photographs differ a little then: 54 dB PSNR in the median (docs/PERFORMANCE.md). Each is a
     function of the file and its own box. Errors are those of `decode_image`.
     """
     with _opened(file, name) as (image, turn):

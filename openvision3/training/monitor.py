@@ -83,8 +83,8 @@ class Monitor:
     def log(self, step: int, samples_seen: int, metrics: Mapping[str, Any]) -> None:
         """Records one step's numbers everywhere, with the rate since the last record as `samples_per_second`.
 
-        `data_wait` is the share of that time in which there was no batch. Values that are not finite numbers are written
-        as strings, as JSON has no name for them.
+        `data_wait` is the share of that time in which there was no batch. Values that are not finite numbers are
+        written as strings, as JSON has no name for them.
         """
         now = time.perf_counter()
         seconds, samples = now - self._rate_start, samples_seen - self._rate_seen
