@@ -18,19 +18,8 @@ from openvision3.config import ModelConfig, TransformerConfig
 from openvision3.model.flops import counted_flops
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.vae import load_vae
-from openvision3.vae_diffusers import DiffusersVAE, flux_config
+from openvision3.vae_diffusers import DiffusersVAE, flux_shell
 
-# The vae/config.json of FLUX.1-schnell and FLUX.1-dev, as far as it decides shapes (its numbers of channels and blocks
-# are also in black-forest-labs/flux, src/flux/util.py: ch 128, ch_mult 1 2 4 4, num_res_blocks 2, z_channels 16).
-FLUX_ARCHITECTURE: dict[str, Any] = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
 SIZES = {"B": TransformerConfig(768, 12, 12), "L": TransformerConfig(1024, 24, 16)}
 
 
@@ -74,7 +63,7 @@ def table(rows: list[Cost]) -> str:
 
 def costs() -> Iterator[Cost]:
     """Counts every row of the table, on the meta device."""
-    flux, tiny = flux_vae(), load_vae("tiny").to("meta")
+    flux, tiny = flux_shell(), load_vae("tiny").to("meta")
     yield clip("ViT-B-16", "CLIP B/16")
     yield siglip("vit_base_patch16_siglip_224", "SigLIP B/16")
     yield openvision("B", 224, "FLUX.1's VAE", flux)
@@ -84,14 +73,6 @@ def costs() -> Iterator[Cost]:
     yield siglip("vit_large_patch16_siglip_256", "SigLIP L/16")
     yield siglip("vit_so400m_patch14_siglip_224", "SigLIP So400m/14")
     yield openvision("L", 256, "FLUX.1's VAE", flux)
-
-
-def flux_vae() -> DiffusersVAE:
-    """FLUX.1's autoencoder without weights."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    with torch.device("meta"):
-        return DiffusersVAE(flux_config(), AutoencoderKL(**FLUX_ARCHITECTURE))
 
 
 def openvision(size: str, side: int, named: str, vae: Any) -> Cost:

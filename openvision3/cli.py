@@ -50,6 +50,9 @@ COMMANDS: dict[str, Command] = {
     "eval probe": Command("a linear probe on pooled embeddings", "evaluation", "probe"),
     "eval vae": Command("PSNR, SSIM, LPIPS of a frozen VAE alone", "evaluation", "vae"),
     "eval all": Command("all of these", "evaluation", "everything"),
+    "bench data": Command(
+        "how fast training samples come, and how many cores feed a device", "bench_data", "bench_data"
+    ),
     "convert": Command("a model to a folder, the released layout or ONNX, verified", "convert", "convert"),
     "assets list": Command("weights that are fetched by name, and which are here", "assets", "assets_list"),
     "assets fetch": Command("fetch weights by name", "assets", "assets_fetch"),

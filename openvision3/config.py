@@ -168,6 +168,7 @@ class DataConfig:
     second_text: TextRule = "sentence"  # for the second one
     caption_text: TextRule = "caption"  # for the caption decoder
     crop_min_area: float = 1.0  # training crop: area fraction, 1 = whole picture (paper: 0.4)
+    fast_decode: bool = False  # decode JPEGs at 1/2, 1/4 or 1/8 where crops are far larger than the resolution
     latents: str = ""  # folder of `ov3 data cache-latents`, of these samples; empty: crops are encoded on the fly
     num_workers: int = resumable(1)  # processes that prepare batches; does not change what they hold
     max_bad_fraction: float = resumable(0.01)  # more unusable samples than this stop the run

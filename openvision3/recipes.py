@@ -94,9 +94,7 @@ def demo() -> TrainConfig:
             positions="scaled",
             text_decoder=replace(model.text_decoder, image_positions=4.0),  # without, captions guess relations
         ),
-        data=DataConfig(
-            scenes=SceneConfig(size_min=0.22, size_max=0.6, count_weights=(0.38, 0.38, 0.2, 0.04))
-        ),
+        data=DataConfig(scenes=SceneConfig(size_min=0.22, size_max=0.6, count_weights=(0.38, 0.38, 0.2, 0.04))),
         loss=LossConfig(omega_rec=2.0, beta=1.0, pixel_stride=16),
         optimizer=OptimizerConfig(kind="muon", weight_decay=0.05),
         stage1=StageConfig(
@@ -138,7 +136,11 @@ def paper_b16() -> TrainConfig:
         recipe="paper_b16",
         model=ModelConfig(name="openvision3-vit-base-patch2", vae=_FLUX),
         data=DataConfig(
-            source="data/recap-datacomp", caption_field="re_caption", crop_min_area=0.4, num_workers=8
+            source="data/recap-datacomp",
+            caption_field="re_caption",
+            crop_min_area=0.4,
+            fast_decode=True,
+            num_workers=8,
         ),
         stage1=StageConfig(128, 4000 * EPOCH, 40 * EPOCH, 8192, 8e-6),
         stage2=StageConfig(256, 400 * EPOCH, 20 * EPOCH, 4096, 4e-7, lpips_weight=0.5),

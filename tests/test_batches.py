@@ -23,7 +23,7 @@ from openvision3.data.batches import Batch, BatchStream
 from openvision3.data.samples import BadSample, Sample, Source
 from openvision3.data.shards import DemoSource, TarSource
 from openvision3.data.tokenizer import demo_tokenizer
-from openvision3.data.transforms import random_crop
+from openvision3.data.transforms import crop, random_box
 from openvision3.data.writing import write_shards
 
 SIZE = 16
@@ -227,7 +227,7 @@ def test_crops_are_keyed_by_seed_and_position(mixed: Path) -> None:
     whole = next(iter(stream(Ramp(), 0, 1))).images[0]
     image = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None], (64, 64, 3)).copy()
     rng = np.random.Generator(np.random.PCG64(0))
-    assert np.array_equal(whole.permute(1, 2, 0).numpy(), random_crop(image, SIZE, 1.0, rng))
+    assert np.array_equal(whole.permute(1, 2, 0).numpy(), crop(image, SIZE, random_box(64, 64, 1.0, rng)))
 
 
 def test_streams_leave_the_global_generator_alone() -> None:

@@ -38,7 +38,7 @@ def test_the_document_has_the_table_that_the_command_prints(costs: Any) -> None:
 
 def test_the_flops_of_a_diffusers_vae_can_be_counted(costs: Any) -> None:
     """A convolution's count by hand: the first of FLUX.1's, 3 -> 128 channels at full size, is part of it."""
-    vae = costs.flux_vae()
+    vae = costs.flux_shell()
     counts = vae_flops(vae, 64)
     assert counts["vae_decoder"] > counts["vae_encoder"] > 2 * 64 * 64 * 9 * 3 * 128
     larger = vae_flops(vae, 128)

@@ -1,5 +1,6 @@
 """A cache of latents: what it holds, that any way to fill it gives the same bytes, that training reads it right."""
 
+import hashlib
 import io
 import json
 import os
@@ -24,10 +25,12 @@ from safetensors.torch import load_file
 from tiny_run import make_vae, tiny_config
 
 from openvision3 import cli
+from openvision3.bench.feeding import make_pictures
 from openvision3.config import DataConfig, OpenVisionError, SceneConfig, VAEConfig
 from openvision3.data import samples as samples_module
 from openvision3.data.batches import Batch, BatchStream
 from openvision3.data.latent_cache import LatentCache, load_caching
+from openvision3.data.latent_filling import begin_cache
 from openvision3.data.shards import DemoSource, MixtureSource, TarSource, open_source
 from openvision3.data.tokenizer import demo_tokenizer
 from openvision3.data.transforms import from_uint8
@@ -149,7 +152,9 @@ def test_latents_and_boxes_are_those_of_the_crops(cache: Path, tars: Path, vae: 
             if not expected[i]:
                 assert not shard["boxes"][i].any()
                 continue
-            picture = Image.fromarray(source.read_picture(number, i))
+            encoded = source.read_picture(number, i).encoded
+            assert encoded is not None
+            picture = Image.fromarray(encoded.decode())
             for view in range(3):
                 left, top, right, bottom = shard["boxes"][i, view].tolist()
                 assert 0 <= left < right <= picture.width and 0 <= top < bottom <= picture.height
@@ -210,15 +215,15 @@ def test_batches_depend_on_seed_and_position_alone(cache: Path, tars: Path) -> N
 
 def test_only_compared_pictures_are_decoded(cache: Path, tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
-    original = samples_module.decode_image
+    original = samples_module.decode_crops
 
-    def counting(file: Any, name: str) -> Any:
+    def counting(file: Any, name: str, *what: Any) -> Any:
         decoded.append(name)
-        return original(file, name)
+        return original(file, name, *what)
 
     source, cached = TarSource(tars, DataConfig(filter=""), shuffle=False), LatentCache(cache)
     whole = [batch.images for batch in stream(source, cached, 0, 8, batch_size=8)]
-    monkeypatch.setattr(samples_module, "decode_image", counting)
+    monkeypatch.setattr(samples_module, "decode_crops", counting)
     (batch,) = stream(source, cached, 0, 8, batch_size=8, pixel_stride=3)
     assert len(decoded) == 3
     assert torch.equal(batch.images, whole[0][[0, 3, 6]])
@@ -306,6 +311,39 @@ def test_a_filter_numbers_the_samples_that_it_keeps(tmp_path: Path, tars: Path, 
         close(batch.latents, load_vae(vae).encode(from_uint8(batch.images)))
     with pytest.raises(OpenVisionError, match="made of other samples than 0.tar holds now"):
         list(stream(TarSource(tars, shuffle=False), LatentCache(tmp_path / "c"), 0, 6))
+
+
+def test_fast_decoding_is_the_cache_s_and_the_stream_s(tmp_path: Path, vae: VAEConfig) -> None:
+    tar = make_pictures(tmp_path, 6)
+    assert cli.main([*arguments(tar, tmp_path / "c", vae, *VIEWS), "--fast-decode"]) == 0
+    cached = LatentCache(tmp_path / "c")
+    assert cached.caching.fast_decode
+    source = TarSource(tar, shuffle=False)
+    (fast,), (exact,) = (list(stream(source, cached, 0, 6, fast_decode=fast)) for fast in (True, False))
+    assert not torch.equal(fast.images, exact.images)
+    with torch.no_grad():
+        close(fast.latents, load_vae(vae).encode(from_uint8(fast.images)))
+    with pytest.raises(OpenVisionError, match="fast_decode True, not False"):
+        begin_cache(tmp_path / "c", replace(cached.caching, fast_decode=False))
+
+
+def test_a_run_from_before_there_was_fast_decoding_goes_on(
+    tmp_path: Path, cache: Path, tars: Path, vae: VAEConfig
+) -> None:
+    """Its cache.json and the hash in its checkpoints lack the field."""
+    old = tmp_path / "c"
+    shutil.copytree(cache, old)
+    made = json.loads((old / "cache.json").read_text())
+    assert made.pop("fast_decode") is False
+    (old / "cache.json").write_text(json.dumps(made))
+    config = tiny_config(tmp_path, vae)
+    data = replace(config.data, source=str(tars), crop_min_area=0.4, latents=str(old))
+    fits = replace(config, data=data, stage2=replace(config.stage2, samples=0))
+    expected = hashlib.sha256(json.dumps([made]).encode()).hexdigest()
+    assert check_latents(fits, plan(fits), load_vae(vae)) == expected
+    wrong = replace(fits, data=replace(data, fast_decode=True))
+    with pytest.raises(OpenVisionError, match="fast_decode False, but stage 1 has True"):
+        check_latents(wrong, plan(wrong), load_vae(vae))
 
 
 def test_a_tar_that_changed_is_noticed(tmp_path: Path, cache: Path, tars: Path) -> None:

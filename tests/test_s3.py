@@ -117,7 +117,7 @@ def trained(folder: Path, source: str, vae: VAEConfig, num_workers: int) -> tupl
         patch.setattr(BatchStream, "_count", recorded)
         train(tiny_config(folder, vae, steps=60, data=data), "cpu")
     rows = [
-        {name: value for name, value in row.items() if name != "samples_per_second"}
+        {name: value for name, value in row.items() if name not in ("samples_per_second", "data_wait")}
         for row in read_records(folder / "metrics.jsonl")
     ]
     return seen, rows, [path.read_bytes() for path in sorted((folder / "model").rglob("*.safetensors"))]

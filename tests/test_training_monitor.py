@@ -4,6 +4,8 @@ import io
 import json
 import os
 import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,12 +41,29 @@ def test_monitor_writes_json_lines_and_plain_text(tmp_path: Path) -> None:
     rows = read_records(tmp_path / "metrics.jsonl")
     assert [row["total"] for row in rows] == [2.5, 1.5]
     assert rows[0]["grad_norm"] == "inf"
-    assert rows[0]["samples_per_second"] > 0
+    assert rows[0]["samples_per_second"] > 0 and rows[0]["data_wait"] == 0
     assert read_records(tmp_path / "metrics.jsonl", "eval") == [
         {"kind": "eval", "step": 1, "samples_seen": 10, "psnr": 20.0}
     ]
     assert "10/20 samples  total 2.5" in stream.getvalue() and "20/20 samples  total 1.5" in stream.getvalue()
     assert stream.getvalue().endswith("[done]\n")
+
+
+def test_waiting_for_data_is_told_as_a_share_of_the_time(tmp_path: Path) -> None:
+    def batches() -> Iterator[int]:
+        for number in range(4):
+            time.sleep(0.06)
+            yield number
+
+    with Monitor(tmp_path, 20, stream=io.StringIO(), tensorboard=False) as monitor:
+        for number in monitor.waiting(batches()):
+            time.sleep(0.02 if number < 2 else 0.24)
+            if number % 2:
+                with monitor.paused():
+                    time.sleep(0.1)
+                monitor.log(number, number, {})
+    slow, fast = (row["data_wait"] for row in read_records(tmp_path / "metrics.jsonl"))
+    assert 0.55 < slow < 0.9 and 0.1 < fast < 0.4
 
 
 def test_monitor_hides_tensorboard_steps_that_run_again(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +12,16 @@ import torch
 from PIL import Image
 
 from openvision3.config import OpenVisionError
+from openvision3.data import demo
 from openvision3.data.transforms import (
+    _reduction,
+    crop,
     crop_back,
+    decode_crops,
+    decode_image,
     load_image,
     preprocess,
-    random_crop,
+    random_box,
     to_pil,
     to_tensor,
     to_uint8,
@@ -268,6 +274,10 @@ def test_to_pil_rounds_and_clamps() -> None:
     assert torch.equal(to_tensor(to_pil(values)), to_tensor(to_pil(to_tensor(to_pil(values)))))
 
 
+def random_crop(image: np.ndarray, size: int, min_area: float, rng: np.random.Generator) -> np.ndarray:
+    return crop(image, size, random_box(image.shape[1], image.shape[0], min_area, rng))
+
+
 def test_random_crop_of_the_whole_leaves_a_picture_of_that_size() -> None:
     image = np.asarray(noise(32, 32))
     assert random_crop(image, 32, 1.0, rng()) is image
@@ -292,6 +302,67 @@ def test_random_crop_is_antialiased() -> None:
     stripes[:, ::2] = 255
     small = random_crop(stripes, 32, 1.0, rng())
     assert abs(small.astype(int) - 128).max() <= 5  # without: 0 or 255
+
+
+def landscape_file(
+    orientation: int = 1, side: tuple[int, int] = (575, 283), mode: str = "RGB", **how: Any
+) -> io.BytesIO:
+    """A photograph of odd sides, as a JPEG unless `how` says otherwise."""
+    image = demo.landscape(demo.landscapes(held_out=False)[0]).resize(side).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    image.save(file, **{"format": "JPEG", "quality": 90, "exif": exif, **how})
+    return file
+
+
+BOXES = ((0, 0, 150, 140), (10, 5, 283, 278), (90, 70, 280, 270), (1, 2, 70, 68))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_crops_of_a_file_are_those_of_the_whole_picture(orientation: int) -> None:
+    file = landscape_file(orientation)
+    whole = np.array(decode_image(file, "x"))
+    sizes: list[tuple[int, int]] = []
+
+    def boxes(width: int, height: int) -> Any:
+        sizes.append((width, height))
+        return BOXES
+
+    exact = decode_crops(file, "x", 32, boxes)
+    assert sizes == [(whole.shape[1], whole.shape[0])]
+    assert all(np.array_equal(part, crop(whole, 32, box)) for part, box in zip(exact, BOXES, strict=True))
+    fast = decode_crops(file, "x", 32, boxes, fast=True)
+    reductions = [_reduction(box, 32) for box in BOXES]
+    assert reductions == [2, 4, 2, 1]
+    for part, full, reduction in zip(fast, exact, reductions, strict=True):
+        difference = part.astype(float) - full
+        assert (difference == 0).all() if reduction == 1 else 0 < (difference**2).mean() < 1.5, reduction  # 46 dB
+    alone = [decode_crops(file, "x", 32, lambda *_, box=box: [box], fast=True)[0] for box in BOXES]
+    assert all(np.array_equal(a, b) for a, b in zip(fast, alone, strict=True))
+
+
+def test_a_reduction_leaves_twice_the_pixels() -> None:
+    sides = {127: 1, 128: 2, 255: 2, 256: 4, 511: 4, 512: 8, 9999: 8}
+    assert {side: _reduction((3, 4, 3 + side, 4 + side), 32) for side in sides} == sides
+    assert _reduction((0, 0, 512, 127), 32) == 1
+
+
+def test_fast_crops_of_other_files() -> None:
+    """Grey and CMYK JPEGs are reduced too; other formats are decoded whole; broken ones give the usual error."""
+    for mode in ("L", "CMYK"):
+        file = landscape_file(mode=mode)
+        full, fast = (decode_crops(file, "x", 32, lambda w, h: [(0, 0, h, h)], fast)[0] for fast in (False, True))
+        assert 0 < ((fast.astype(float) - full) ** 2).mean() < 1.5
+    for how in ({"format": "PNG"}, {"format": "WEBP"}, {"format": "PNG", "mode": "RGBA"}):
+        file = landscape_file(**how)
+        full, fast = (decode_crops(file, "x", 32, lambda w, h: [(0, 0, h, h)], fast)[0] for fast in (False, True))
+        assert np.array_equal(full, fast)
+    data = landscape_file().getvalue()
+    for broken in (b"", data[:3000], b"x" * 100):
+        for fast in (False, True):
+            with pytest.raises(OpenVisionError, match="^its jpg: "):
+                decode_crops(io.BytesIO(broken), "its jpg", 32, lambda w, h: [(0, 0, h, h)], fast)
 
 
 def test_broken_files_never_raise_anything_else(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def cache_latents(
     scenes: SceneConfig = ANY_SCENES,
     filter: str = DataConfig.filter,
     image_key: str = DataConfig.image_key,
+    fast_decode: bool = DataConfig.fast_decode,
     batch_size: int = 64,
     dtype: Literal["fp32", "bf16"] = "fp32",
     device: str = "auto",
@@ -65,6 +66,7 @@ def cache_latents(
         scenes: for demo: their distribution, the training stage's
         filter: only the samples whose json fields meet it: the training's --data.filter
         image_key: the member that holds the picture: the training's --data.image-key
+        fast_decode: decode JPEGs at a fraction of their size: the training's --data.fast-decode
         batch_size: crops encoded at once
         dtype: of the VAE's arithmetic
         workers: processes beside this one that read and crop pictures; 0: none
@@ -85,7 +87,9 @@ def cache_latents(
     convention = {"latent_scale": latent_scale, "latent_shift": latent_shift}
     loaded.config = replace(loaded.config, **{name: value for name, value in convention.items() if value is not None})
     place = resolve_device(on_own_device(ModelOptions(device=device), world).device)
-    config = DataConfig(source=source[0], seed=seed, scenes=scenes, filter=filter, image_key=image_key)
+    config = DataConfig(
+        source=source[0], seed=seed, scenes=scenes, filter=filter, image_key=image_key, fast_decode=fast_decode
+    )
     caching = _describe(source, config, loaded, resolution, views, crop_min_area, samples, first_scene)
     begin_cache(out, caching)
     pictures = _open(source, config, resolution, out)
@@ -161,16 +165,19 @@ def _describe(
     if "demo" in paths:
         if paths != ("demo",):
             raise OpenVisionError("demo and tars can't share a cache: choose another --out for each")
-        if samples < 1 or first_scene < 0 or config.filter or config.image_key:
+        if samples < 1 or first_scene < 0 or config.filter or config.image_key or config.fast_decode:
             raise OpenVisionError(
-                "demo needs --samples of at least 1, --first-scene of at least 0, and takes no --filter or --image-key"
+                "demo needs --samples of at least 1, --first-scene of at least 0, and takes no --filter, --image-key "
+                "or --fast-decode"
             )
         shards = -(-samples // SCENES)
         return Caching("demo", shards, *made, scenes=config.scenes, first_scene=first_scene, samples=samples)
     if samples or first_scene or config.scenes != ANY_SCENES:
         raise OpenVisionError("--samples, --first-scene and --scenes are for demo; of tars, every sample is cached")
     tars = expand(paths)
-    return Caching(describe_tars(tars), len(tars), *made, config.filter, config.image_key)
+    return Caching(
+        describe_tars(tars), len(tars), *made, config.filter, config.image_key, fast_decode=config.fast_decode
+    )
 
 
 def _open(paths: tuple[str, ...], config: DataConfig, resolution: int, out: Path) -> "DemoSource | TarSource":

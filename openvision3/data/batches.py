@@ -32,7 +32,7 @@ from openvision3.config import OpenVisionError, TextRule
 from openvision3.data.latent_cache import LatentCache, Row
 from openvision3.data.samples import BadSample, Sample, Source
 from openvision3.data.tokenizer import CaptionTokenizer
-from openvision3.data.transforms import crop, random_crop
+from openvision3.data.transforms import Box, random_box
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +110,7 @@ class BatchStream:
         texts: tuple[TextRule, TextRule, TextRule] = TEXTS,  # of alt_ids, caption_text_ids and caption_ids
         latents: LatentCache | None = None,
         pixel_stride: int = 1,
+        fast_decode: bool = False,  # JPEGs at a fraction of their size where crops are far larger: see `decode_crops`
     ):
         if batch_size < 1 or start < 0:
             raise ValueError(f"batch_size {batch_size} must be at least 1, and start {start} at least 0")
@@ -138,6 +139,7 @@ class BatchStream:
             texts,
             latents,
             pixel_stride,
+            fast_decode,
         )
         self.num_workers = num_workers
         self.max_bad_fraction = max_bad_fraction
@@ -232,6 +234,7 @@ class _Batches(Dataset[Batch | _Failure]):
         texts: tuple[TextRule, TextRule, TextRule],
         latents: LatentCache | None,
         pixel_stride: int,
+        fast_decode: bool,
     ):
         self.source = source
         self.tokenizer = tokenizer
@@ -246,6 +249,7 @@ class _Batches(Dataset[Batch | _Failure]):
         self.share_start, self.share = share_start, share  # of a batch: what this rank has of it
         self.texts = texts
         self.latents, self.pixel_stride = latents, pixel_stride
+        self.fast_decode = fast_decode
 
     def __len__(self) -> int:
         return max(0, -(-(self.stop - self.start) // self.batch_size))
@@ -267,10 +271,10 @@ class _Batches(Dataset[Batch | _Failure]):
                 if number < len(chunks):
                     self._prepare(chunks[number], unseen)  # on its way while this chunk is decoded
                 for position in chunk:
-                    sample, row = self._sample(position, position not in unseen, bad)
+                    sample, row, image = self._sample(position, position not in unseen, bad)
                     keys.append(sample.key)
-                    if position not in unseen:
-                        images.append(self._crop(sample.image, position, row))
+                    if image is not None:
+                        images.append(image)
                     if row is not None:
                         latents.append(row.latents)
                     for role, (rule, column) in enumerate(zip(self.texts, texts, strict=True)):
@@ -295,34 +299,40 @@ class _Batches(Dataset[Batch | _Failure]):
         else:
             self.source.prepare(positions, unseen)
 
-    def _sample(self, position: int, seen: bool, bad: list[Bad]) -> tuple[Sample, Row | None]:
-        """The sample of a position, or a substitute that is a function of (seed, position) too, and its cached view.
+    def _sample(self, position: int, seen: bool, bad: list[Bad]) -> tuple[Sample, Row | None, np.ndarray | None]:
+        """The sample of a position, or a substitute that is a function of (seed, position) too; cached view, and crop.
 
-        The picture of one that is not `seen` need not be read.
+        The picture of one that is not `seen` need not be read, and has no crop.
         """
         for attempt in range(1 + SUBSTITUTES):
             try:
                 if not attempt:
-                    sample = self.source.read(position) if seen else self.source.read_texts(position)
+                    sample = self.source.read_encoded(position) if seen else self.source.read_texts(position)
                 else:
                     draw = random.Random(f"substitute {self.seed} {position} {attempt}").random()
                     sample = self.source.substitute(position, draw)
-                if self.latents is None:
-                    return sample, None
-                view = _draw(f"view {self.seed} {position}", self.latents.caching.views)
-                return sample, self.latents.read(self.source, sample, view)
+                row = None
+                if self.latents is not None:
+                    view = _draw(f"view {self.seed} {position}", self.latents.caching.views)
+                    row = self.latents.read(self.source, sample, view)
+                return sample, row, self._crop(sample, position, row) if seen else None
             except BadSample as error:
                 bad.append((position, error.key, error.reason))
         raise OpenVisionError(
             f"position {position} and {SUBSTITUTES} substitutes can't be used; the last is {bad[-1][1]}: {bad[-1][2]}"
         )
 
-    def _crop(self, image: np.ndarray, position: int, row: Row | None) -> np.ndarray:
-        if row is not None:
-            return crop(image, self.resolution, row.box)
-        # one generator a position, so that neither the batch size nor a bad neighbour changes a crop
-        rng = np.random.Generator(np.random.PCG64([zlib.crc32(b"crop"), self.seed, position]))
-        return random_crop(image, self.resolution, self.crop_min_area, rng)
+    def _crop(self, sample: Sample, position: int, row: Row | None) -> np.ndarray:
+        """A training crop, uint8 (R, R, 3), never flipped."""
+
+        def boxes(width: int, height: int) -> tuple[Box]:
+            if row is not None:
+                return (row.box,)
+            # one generator a position, so that neither the batch size nor a bad neighbour changes a crop
+            rng = np.random.Generator(np.random.PCG64([zlib.crc32(b"crop"), self.seed, position]))
+            return (random_box(width, height, self.crop_min_area, rng),)
+
+        return sample.crops(self.resolution, boxes, self.fast_decode)[0]
 
     def _pixels(self, images: list[np.ndarray]) -> Tensor:
         """uint8 (n, 3, R, R), n may be 0."""

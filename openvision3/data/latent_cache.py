@@ -54,6 +54,7 @@ class Caching:
     scenes: SceneConfig | None = None  # for "demo"
     first_scene: int = 0  # index of the first scene, for "demo"
     samples: int = 0  # scenes, for "demo"; of tars it is in each shard
+    fast_decode: bool = False  # crops as `DataConfig.fast_decode` makes them
     format_version: int = FORMAT_VERSION
 
     def box(self, shard: int, number: int, view: int, size: tuple[int, int]) -> Box:

@@ -25,7 +25,7 @@ from openvision3.data.latent_cache import (
 )
 from openvision3.data.samples import BadSample
 from openvision3.data.shards import DemoSource, TarSource
-from openvision3.data.transforms import crop
+from openvision3.data.transforms import Box
 from openvision3.files import whole_file
 
 POLL = 0.5  # seconds
@@ -140,23 +140,27 @@ class _Crops(Dataset[Views]):
             self.source.prepare_members([(self.shard, number, "picture") for number in numbers])
         for row, number in enumerate(numbers):
             try:
-                picture, place = self._picture(number)
+                crops[row], boxes[row] = self._views(number)
             except BadSample as error:
                 valid[row] = False
                 failures.append(str(error))
-                continue
-            for view in range(views):
-                box = self.caching.box(*place, view, (picture.shape[1], picture.shape[0]))
-                crops[row, view], boxes[row, view] = crop(picture, side, box), box
         pixels = torch.from_numpy(crops).flatten(0, 1).permute(0, 3, 1, 2).contiguous()
         return Views(pixels, torch.from_numpy(boxes), torch.from_numpy(valid), failures)
 
-    def _picture(self, number: int) -> tuple[np.ndarray, tuple[int, int]]:
-        """A picture, and the numbers that `Sample` gives its place by."""
+    def _views(self, number: int) -> tuple[list[np.ndarray], list[Box]]:
+        """A picture's crops and their boxes. Raises `BadSample`."""
         if isinstance(self.source, TarSource):
-            return self.source.read_picture(self.shard, number), (self.shard, number)
-        index = self.caching.first_scene + self.shard * SCENES + number
-        return self.source.read(index).image, (0, index)
+            sample = self.source.read_picture(self.shard, number)
+        else:
+            sample = self.source.read(self.caching.first_scene + self.shard * SCENES + number)
+        chosen: list[Box] = []
+
+        def boxes(width: int, height: int) -> list[Box]:
+            for view in range(self.caching.views):
+                chosen.append(self.caching.box(sample.shard, sample.number, view, (width, height)))
+            return chosen
+
+        return sample.crops(self.caching.resolution, boxes, self.caching.fast_decode), chosen
 
 
 class _Writer:

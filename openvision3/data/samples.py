@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -11,7 +11,7 @@ import numpy as np
 from openvision3.config import DataConfig, OpenVisionError
 from openvision3.data.filters import field_of
 from openvision3.data.tar_index import BLOCK, Entry, Place, is_header
-from openvision3.data.transforms import decode_image
+from openvision3.data.transforms import Box, crop, decode_crops, decode_image
 
 MAX_TEXT = 10_000  # letters of a caption or alt text
 MAX_MEMBER_BYTES = {"image": 256 * 2**20, "text": 2**20}
@@ -21,6 +21,23 @@ MAX_GAP = 64 * 1024  # bytes between two members that are read over rather than 
 
 Read = Callable[[int, int], bytes]  # offset and size to bytes
 Part = Literal["whole", "texts", "picture"]  # of a sample
+Boxes = Callable[[int, int], Sequence[Box]]  # of a picture's width and height
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A picture's file, as a tar holds it."""
+
+    name: str  # of the member: "jpg"
+    data: bytes
+
+    def decode(self) -> np.ndarray:
+        """The picture, uint8 (H, W, 3). Raises `OpenVisionError`."""
+        return np.array(decode_image(io.BytesIO(self.data), f"its {self.name}"))
+
+    def crops(self, size: int, boxes: "Boxes", fast: bool) -> list[np.ndarray]:
+        """Crops, each uint8 (size, size, 3): see `decode_crops`. Raises `OpenVisionError`."""
+        return decode_crops(io.BytesIO(self.data), f"its {self.name}", size, boxes, fast)
 
 
 @dataclass
@@ -28,18 +45,28 @@ class Sample:
     """A picture with its two texts. `meta` is the JSON that came with it."""
 
     key: str
-    image: np.ndarray  # uint8 (H, W, 3), RGB; (0, 0, 3) where only the texts were asked for
+    image: np.ndarray  # uint8 (H, W, 3), RGB; (0, 0, 3) where it was not asked for, or is left in `encoded`
     alt: str
     caption: str
     meta: dict[str, Any] = field(default_factory=dict)
     tar: str = ""  # name of the tar that holds it
     shard: int = 0  # number of that tar among its source's
     number: int = 0  # within the tar, in its order; of a scene: its index
+    encoded: Encoded | None = None  # the picture's file, where it was asked for undecoded
 
     @property
     def name(self) -> str:
         """The key, with the tar's name before it where there is one: keys repeat from tar to tar."""
         return f"{self.tar}/{self.key}" if self.tar else self.key
+
+    def crops(self, size: int, boxes: "Boxes", fast: bool) -> list[np.ndarray]:
+        """Crops of the picture, encoded or not, each uint8 (size, size, 3). Raises `BadSample`."""
+        if self.encoded is None:
+            return [crop(self.image, size, box) for box in boxes(self.image.shape[1], self.image.shape[0])]
+        try:
+            return self.encoded.crops(size, boxes, fast)
+        except OpenVisionError as error:
+            raise BadSample(self.name, str(error)) from None
 
 
 class BadSample(OpenVisionError):
@@ -63,13 +90,20 @@ class Source(Protocol):
         """The sample at a position, always the same one. Raises `BadSample`."""
         ...
 
+    def read_encoded(self, position: int) -> Sample:
+        """The same sample, its picture left `encoded` where there is a file of it. Raises `BadSample`."""
+        return self.read(position)
+
     def read_texts(self, position: int) -> Sample:
         """The same sample without its picture, which need not be read or decoded. Raises `BadSample`."""
         return self.read(position)
 
     def substitute(self, position: int, draw: float) -> Sample:
-        """A sample for a position whose own can't be used: a function of both, `draw` in [0, 1). Raises `BadSample`."""
-        return self.read(int(draw * (self.size or 2**31)))
+        """A sample for a position whose own can't be used, as `read_encoded` gives it. Raises `BadSample`.
+
+        Which it is is a function of position and `draw`, in [0, 1).
+        """
+        return self.read_encoded(int(draw * (self.size or 2**31)))
 
     def prepare(self, positions: list[int], texts_alone: Collection[int] = ()) -> None:
         """Hears which positions are read next, so that what is far away can be fetched in few long reads.
@@ -140,7 +174,7 @@ def contents(entry: Entry, needed: Needed, read: Read) -> dict[str, bytes]:
 
 
 def make_sample(entry: Entry, needed: Needed, read: Read, config: DataConfig) -> Sample:
-    """Reads and decodes a sample; a text that is missing or empty is taken from the other. Raises `BadSample`.
+    """Reads a sample, its picture still encoded; a text that is missing or empty is the other. Raises `BadSample`.
 
     Where `needed` leaves the picture out, so does the sample.
     """
@@ -150,20 +184,14 @@ def make_sample(entry: Entry, needed: Needed, read: Read, config: DataConfig) ->
     caption = _named_text(key, config.caption_field, "json", members, meta)
     if not (alt or caption):
         raise BadSample(key, "has no caption")
-    image = _picture(key, needed.image, members[needed.image]) if needed.image in needed.members else NO_PICTURE
-    return Sample(key, image, alt or caption, caption or alt, meta)
+    encoded = Encoded(needed.image, members[needed.image]) if needed.image in members else None
+    return Sample(key, NO_PICTURE, alt or caption, caption or alt, meta, encoded=encoded)
 
 
-def read_picture(entry: Entry, needed: Needed, read: Read) -> np.ndarray:
-    """A sample's picture alone, uint8 (H, W, 3). Raises `BadSample`."""
-    return _picture(entry.key, needed.image, contents(entry, needed, read)[needed.image])
-
-
-def _picture(key: str, name: str, data: bytes) -> np.ndarray:
-    try:
-        return np.array(decode_image(io.BytesIO(data), f"its {name}"))
-    except OpenVisionError as error:
-        raise BadSample(key, str(error)) from None
+def picture_alone(entry: Entry, needed: Needed, read: Read) -> Sample:
+    """Reads a sample's picture, and no texts. Raises `BadSample`."""
+    data = contents(entry, needed, read)[needed.image]
+    return Sample(entry.key, NO_PICTURE, "", "", encoded=Encoded(needed.image, data))
 
 
 def parse_json(key: str, data: bytes) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from openvision3.data.samples import (
     Source,
     make_sample,
     needed,
-    read_picture,
+    picture_alone,
 )
 from openvision3.data.store import Location, Store, expand, name_of
 from openvision3.data.tar_index import Entry
@@ -167,6 +167,10 @@ class TarSource(Source):
 
     def read(self, position: int) -> Sample:
         """Reads and decodes a sample. Raises `BadSample` for one that lacks a picture or text, or has a broken one."""
+        return _decoded(self.read_encoded(position))
+
+    def read_encoded(self, position: int) -> Sample:
+        """Reads a sample. Raises `BadSample` for one that lacks a picture or text, or has a broken text."""
         window, place = self._find(position)
         return self._read(*window.at(place))
 
@@ -175,14 +179,9 @@ class TarSource(Source):
         window, place = self._find(position)
         return self._read(*window.at(place), "texts")
 
-    def read_picture(self, shard: int, number: int) -> np.ndarray:
-        """Reads and decodes the picture of a sample of a tar, uint8 (H, W, 3). Raises `BadSample`."""
-        entry = self.library.index(shard).entry(number)
-        try:
-            stretch = needed(entry, self.config, "picture")
-            return read_picture(entry, stretch, self._reader(shard, number, entry, stretch, "picture"))
-        except BadSample as error:
-            raise self._named(shard, error) from None
+    def read_picture(self, shard: int, number: int) -> Sample:
+        """Reads a sample of a tar without its texts, its picture still encoded. Raises `BadSample`."""
+        return self._read(shard, number, "picture")
 
     def fingerprint(self, shard: int) -> int:
         """A checksum of the tar's index: of its size, and the keys and places of the samples that the filter keeps."""
@@ -195,7 +194,7 @@ class TarSource(Source):
 
     def read_number(self, number: int) -> Sample:
         """The sample that is `number` in the tars' own order."""
-        return self._read(*self._numbered(number))
+        return _decoded(self._read(*self._numbered(number)))
 
     def tar_of(self, number: int) -> Location:
         """The tar that holds the sample that is `number` in the tars' own order."""
@@ -270,14 +269,16 @@ class TarSource(Source):
         entry = self.library.index(shard).entry(number)
         try:
             stretch = needed(entry, self.config, part)
-            sample = make_sample(entry, stretch, self._reader(shard, number, entry, stretch, part), self.config)
+            read = self._reader(shard, number, entry, stretch, part)
+            if part == "picture":
+                sample = picture_alone(entry, stretch, read)
+            else:
+                sample = make_sample(entry, stretch, read, self.config)
         except BadSample as error:
-            raise self._named(shard, error) from None
+            name = f"{name_of(self.shards[shard])}/{error.key}"  # keys repeat from tar to tar
+            raise BadSample(name, error.reason) from None
         sample.tar, sample.shard, sample.number = name_of(self.shards[shard]), shard, number
         return sample
-
-    def _named(self, shard: int, error: BadSample) -> BadSample:
-        return BadSample(f"{name_of(self.shards[shard])}/{error.key}", error.reason)  # keys repeat from tar to tar
 
     def _reader(self, shard: int, number: int, entry: Entry, stretch: Needed, part: Part) -> Read:
         """How the bytes of a sample are had: out of what was fetched for it, or from its tar."""
@@ -302,6 +303,15 @@ class TarSource(Source):
     def _nothing(self) -> OpenVisionError:
         kept = f" that {self.config.filter!r} keeps" if self.config.filter else ""
         return OpenVisionError(f"{self.paths}: the tars hold no samples{kept}")
+
+
+def _decoded(sample: Sample) -> Sample:
+    if sample.encoded is not None:
+        try:
+            sample.image, sample.encoded = sample.encoded.decode(), None
+        except OpenVisionError as error:
+            raise BadSample(sample.name, str(error)) from None
+    return sample
 
 
 Member = TypeVar("Member")
@@ -336,6 +346,11 @@ class MixtureSource(Source):
         """The sample of the part that the position belongs to."""
         part, at = self.order.find(position)
         return self._of(part, self.sources[part].read(at))
+
+    def read_encoded(self, position: int) -> Sample:
+        """The same, its picture still encoded."""
+        part, at = self.order.find(position)
+        return self._of(part, self.sources[part].read_encoded(at))
 
     def read_texts(self, position: int) -> Sample:
         """The texts of the part that the position belongs to."""

@@ -2,8 +2,10 @@
 
 import functools
 import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +17,8 @@ from openvision3.config import OpenVisionError
 MAX_PIXELS = 178_956_970  # 512 MiB as RGB; larger pictures are taken for decompression bombs
 MULTIPLE = 16  # pixels per token, each side
 MAX_SIDE = 1024  # pixels; longer pictures are reduced to it where they keep their shape
+REDUCTIONS = (8, 4, 2)  # of a JPEG's sides, that its decoder makes out of fewer coefficients of each block
+SPARE = 2  # a reduced crop has at least so many times the pixels, each side, that it is then resized to
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -25,6 +29,24 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_ON_ITS_SIDE = (
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+)
+_FROM_RIGHT = (
+    Image.Transpose.FLIP_LEFT_RIGHT,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+)  # the turned picture's left was a right or lower end, where sizes round up
+_FROM_BOTTOM = (
+    Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.ROTATE_90,
+    Image.Transpose.TRANSVERSE,
+)  # its top, likewise
 
 
 def load_image(path: str | Path) -> Image.Image:
@@ -47,6 +69,38 @@ def load_image(path: str | Path) -> Image.Image:
 
 def decode_image(file: BinaryIO, name: str) -> Image.Image:
     """Decodes a picture from an open binary file as `load_image` does; its errors begin with `name`."""
+    with _opened(file, name) as (image, turn):
+        image.load()
+        rgb = _to_rgb(image)
+        return (rgb.copy() if rgb is image else rgb) if turn is None else rgb.transpose(turn)
+
+
+def decode_crops(
+    file: BinaryIO, name: str, size: int, boxes: Callable[[int, int], Sequence["Box"]], fast: bool = False
+) -> list[np.ndarray]:
+    """Crops of a picture, each uint8 (size, size, 3), from an open binary file, as `crop` makes them of the whole.
+
+    `boxes` gives the crops' boxes for the upright picture's width and height. With `fast`, a JPEG is decoded at a half,
+    a quarter or an eighth of its size where a crop then still has `SPARE` times the pixels, each side, that it is
+    resized to. Crops of photographs differ a little then: 54 dB PSNR in the median (docs/PERFORMANCE.md). Each is a
+    function of the file and its own box. Errors are those of `decode_image`.
+    """
+    with _opened(file, name) as (image, turn):
+        width, height = image.size if turn not in _ON_ITS_SIDE else image.size[::-1]
+        jpeg = fast and image.format == "JPEG"
+        chosen = [(box, _reduction(box, size) if jpeg else 1) for box in boxes(width, height)]
+        first = chosen[0][1]
+        decoded = {first: _reduced(image, turn, first)}
+    for reduction in {reduction for _, reduction in chosen} - {first}:
+        with _opened(file, name) as (image, turn):
+            decoded[reduction] = _reduced(image, turn, reduction)
+    return [np.array(_resized(decoded[reduction], size, box, reduction)) for box, reduction in chosen]
+
+
+@contextmanager
+def _opened(file: BinaryIO, name: str) -> Iterator[tuple[Image.Image, Image.Transpose | None]]:
+    """A picture of which no more than the header was read, and what turns it upright; errors name it in one line."""
+    file.seek(0)
     if not file.read(1):
         raise OpenVisionError(f"{name}: is empty")
     file.seek(0)
@@ -56,10 +110,7 @@ def decode_image(file: BinaryIO, name: str) -> Image.Image:
             with Image.open(file, formats=_formats()) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise OpenVisionError(_too_large(name, f"{image.width} x {image.height}"))
-                turn = _UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION, 1))
-                image.load()
-                rgb = _to_rgb(image)
-                return rgb if turn is None else rgb.transpose(turn)
+                yield image, _UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION, 1))
     except OpenVisionError:
         raise
     except Image.DecompressionBombError:
@@ -69,6 +120,45 @@ def decode_image(file: BinaryIO, name: str) -> Image.Image:
     except Exception as error:  # Pillow's decoders meet broken files with every kind of exception
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OpenVisionError(f"{name}: can't be decoded ({reason[:200]})") from None
+
+
+def _reduction(box: "Box", size: int) -> int:
+    """The greatest reduction of a JPEG that leaves the crop pixels to spare."""
+    side = min(box[2] - box[0], box[3] - box[1])
+    return next((reduction for reduction in REDUCTIONS if side >= SPARE * reduction * size), 1)
+
+
+class _Reduced(NamedTuple):
+    """An upright picture, and how many columns and rows of the whole one's size lie before its left and top."""
+
+    image: Image.Image
+    before: tuple[int, int]
+
+
+def _reduced(image: Image.Image, turn: Image.Transpose | None, reduction: int) -> _Reduced:
+    """Decodes an open picture at a fraction of its size, rounded up, as upright RGB."""
+    width, height = (-(-side // reduction) for side in image.size)
+    over = (width * reduction - image.width, height * reduction - image.height)
+    if reduction > 1:
+        image.draft(None, (image.width // reduction, image.height // reduction))  # type: ignore[arg-type]
+        assert image.size == (width, height), (image.size, reduction)
+    image.load()
+    rgb = _to_rgb(image)
+    if turn is None:
+        return _Reduced(rgb, (0, 0))
+    columns, rows = over[::-1] if turn in _ON_ITS_SIDE else over
+    return _Reduced(rgb.transpose(turn), (columns * (turn in _FROM_RIGHT), rows * (turn in _FROM_BOTTOM)))
+
+
+def _resized(picture: _Reduced, size: int, box: "Box", reduction: int) -> Image.Image:
+    (columns, rows), (left, top, right, bottom) = picture.before, box
+    part = (
+        (left + columns) / reduction,
+        (top + rows) / reduction,
+        (right + columns) / reduction,
+        (bottom + rows) / reduction,
+    )
+    return picture.image.resize((size, size), Image.Resampling.BILINEAR, box=part)
 
 
 @functools.cache
@@ -83,9 +173,9 @@ def _too_large(name: str, size: str) -> str:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any of Pillow's modes as 8-bit RGB."""
+    """Any of Pillow's modes as 8-bit RGB; a picture that is so is returned itself."""
     if image.mode == "RGB" and "transparency" not in image.info:
-        return image.copy()
+        return image
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
@@ -173,14 +263,6 @@ def _centre_crop(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in the picture's own pixels
-
-
-def random_crop(image: np.ndarray, size: int, min_area: float, rng: np.random.Generator) -> np.ndarray:
-    """A training crop: uint8 (H, W, 3) to uint8 (size, size, 3), bilinear and antialiased, never flipped.
-
-    The crop is the box that `random_box` draws.
-    """
-    return crop(image, size, random_box(image.shape[1], image.shape[0], min_area, rng))
 
 
 def random_box(width: int, height: int, min_area: float, rng: np.random.Generator) -> Box:

@@ -29,7 +29,14 @@ def check_latents(config: TrainConfig, stages: Sequence[Stage], vae: FrozenVAE |
                 f"{cache.folder} holds latents of the VAE {made.vae_name} (fingerprint {made.vae[:12]}), but the run's "
                 f"is {describe_vae(vae.config)} (fingerprint {fingerprint[:12]})"
             )
-    return hashlib.sha256(json.dumps([to_dict(cache.caching) for cache in caches]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([_made_with(cache) for cache in caches]).encode()).hexdigest()
+
+
+def _made_with(cache: LatentCache) -> dict[str, object]:
+    made = to_dict(cache.caching)
+    if not made["fast_decode"]:  # runs that began before there was the field have a hash without it
+        del made["fast_decode"]
+    return made
 
 
 def latents_folder(config: TrainConfig, stage: Stage) -> str:
@@ -59,6 +66,7 @@ def open_latents(config: TrainConfig, stage: Stage) -> LatentCache | None:
         wanted += [("seed", made.seed, data.seed), ("scenes", made.scenes, stage.config.scenes or data.scenes)]
     else:  # the order's seed may be any: the cache has all samples
         wanted += [("filter", made.filter, data.filter), ("image_key", made.image_key, data.image_key)]
+        wanted += [("fast_decode", made.fast_decode, data.fast_decode)]
     for name, old, new in wanted:
         if old != new:
             raise OpenVisionError(f"{folder} holds latents with {name} {old!r}, but stage {stage.number} has {new!r}")

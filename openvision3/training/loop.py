@@ -239,7 +239,7 @@ def train_stage(run: Run, stage: Stage) -> None:
     stream = open_stream(config, stage, run.step, model.tokenizer, world.rank, world.size)
     save = False  # a checkpoint is due
 
-    for batch in stream:
+    for batch in monitor.waiting(stream):
         run.step += 1
         learning_rate = stage.learning_rate(run.step)
         set_learning_rate(optimizer, learning_rate)

@@ -5,10 +5,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import torch
 from einops import rearrange
@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 from torch import Tensor
 
+Item = TypeVar("Item")
 PLAIN_INTERVAL = 10.0  # seconds between lines where there is no terminal (metrics.jsonl has every record)
 
 
@@ -54,6 +55,7 @@ class Monitor:
         now = time.perf_counter()
         self._start_seen, self._busy = samples_seen, 0.0  # of this process: samples at its start, seconds of training
         self._rate_seen, self._rate_start = samples_seen, now
+        self._waited = 0.0  # seconds for data, since the last record
         self._last_line = -math.inf
 
     def __enter__(self) -> "Monitor":
@@ -67,17 +69,31 @@ class Monitor:
         if self._progress is not None:
             self._progress.update(self._task, completed=samples_seen)
 
+    def waiting(self, batches: Iterable[Item]) -> Iterator[Item]:
+        """The batches; the time that they are waited for is counted."""
+        waited = iter(batches)
+        while True:
+            start = time.perf_counter()
+            batch = next(waited, None)
+            self._waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
     def log(self, step: int, samples_seen: int, metrics: Mapping[str, Any]) -> None:
         """Records one step's numbers everywhere, with the rate since the last record as `samples_per_second`.
 
-        Values that are not finite numbers are written as strings, as JSON has no name for them.
+        `data_wait` is the share of that time in which there was no batch. Values that are not finite numbers are
+        written as strings, as JSON has no name for them.
         """
         now = time.perf_counter()
         seconds, samples = now - self._rate_start, samples_seen - self._rate_seen
         self._busy += seconds
         self._rate_seen, self._rate_start = samples_seen, now
         rate = samples / seconds if seconds > 0 and samples > 0 else 0.0
-        self.record("train", step, samples_seen, {**metrics, "samples_per_second": round(rate, 2)})
+        waited, self._waited = self._waited / seconds if seconds > 0 else 0.0, 0.0
+        speed = {"samples_per_second": round(rate, 2), "data_wait": round(waited, 4)}
+        self.record("train", step, samples_seen, {**metrics, **speed})
         self._show(samples_seen, metrics, rate)
 
     def record(self, kind: str, step: int, samples_seen: int, values: Mapping[str, Any]) -> None:
@@ -151,6 +167,10 @@ class NoMonitor:
 
     def advance(self, samples_seen: int) -> None:
         """Nothing, as all of these."""
+
+    def waiting(self, batches: Iterable[Item]) -> Iterator[Item]:
+        """The batches."""
+        return iter(batches)
 
     def log(self, step: int, samples_seen: int, metrics: Mapping[str, Any]) -> None: ...
 

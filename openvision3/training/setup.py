@@ -235,6 +235,7 @@ def open_stream(
         texts=(data.contrastive_text, data.second_text, data.caption_text),
         latents=open_latents(config, stage),
         pixel_stride=config.loss.pixel_stride,
+        fast_decode=config.data.fast_decode,
     )
 
 
