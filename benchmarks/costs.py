@@ -18,19 +18,8 @@ from openvision3.config import ModelConfig, TransformerConfig
 from openvision3.model.flops import counted_flops
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.vae import load_vae
-from openvision3.vae_diffusers import DiffusersVAE, flux_config
+from openvision3.vae_diffusers import FLUX_ARCHITECTURE, DiffusersVAE, flux_config
 
-# The vae/config.json of FLUX.1-schnell and FLUX.1-dev, as far as it decides shapes (its numbers of channels and blocks
-# are also in black-forest-labs/flux, src/flux/util.py: ch 128, ch_mult 1 2 4 4, num_res_blocks 2, z_channels 16).
-FLUX_ARCHITECTURE: dict[str, Any] = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
 SIZES = {"B": TransformerConfig(768, 12, 12), "L": TransformerConfig(1024, 24, 16)}
 
 

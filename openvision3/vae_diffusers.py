@@ -26,6 +26,18 @@ FLUX_SOURCE = "black-forest-labs/FLUX.1-schnell"
 FLUX_SHA256 = "f5b59a26851551b67ae1fe58d32e76486e1e812def4696a4bea97f16604d40a3"
 FLUX_LICENCE = "Apache-2.0 (as part of FLUX.1-schnell; FLUX.1-dev, which has the same file, is non-commercial)"
 
+# The vae/config.json of FLUX.1-schnell and FLUX.1-dev, as far as it decides shapes (its numbers of channels and blocks
+# are also in black-forest-labs/flux, src/flux/util.py: ch 128, ch_mult 1 2 4 4, num_res_blocks 2, z_channels 16).
+FLUX_ARCHITECTURE: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+
 _CONFIG = "config.json"
 _WEIGHTS = "diffusion_pytorch_model"
 _HUB_FILES = [f"{folder}{name}" for folder in ("", "vae/") for name in (_CONFIG, f"{_WEIGHTS}*.safetensors*")]
@@ -41,6 +53,12 @@ def flux_config(convention: str = "released", source: str = FLUX_SOURCE) -> VAEC
         raise OpenVisionError(f"unknown latent convention {convention!r}: it is 'released' or 'diffusers'")
     shift = 0.0 if convention == "released" else FLUX_SHIFT
     return VAEConfig("diffusers", source, 16, 8, FLUX_SCALE, shift, FLUX_SHA256, FLUX_LICENCE)
+
+
+def flux_autoencoder() -> Any:
+    """diffusers' AutoencoderKL of FLUX.1's size with random weights, to count and time."""
+    diffusers: Any = importlib.import_module("diffusers")
+    return diffusers.AutoencoderKL(**FLUX_ARCHITECTURE)
 
 
 def taef1_config(convention: str = "released", source: str = "madebyollin/taef1") -> VAEConfig:
