@@ -229,8 +229,8 @@ def test_commands(tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixtur
 
     front = run(tiny_model, tmp_path / "run", samples=8)
     json_file = tmp_path / "front.json"
-    command = ["eval", "front", "--model", str(tiny_model), "--vae", str(front), "--samples", "8"]
-    assert cli.main([*command, "--json", str(json_file), "--device", "cpu", "--batch-size", "4", "--num-names", "30"]) == 0
+    command = ["eval", "front", "--model", str(tiny_model), "--vae", str(front), "--device", "cpu", "--samples", "8"]
+    assert cli.main([*command, "--json", str(json_file), "--batch-size", "4", "--num-names", "30"]) == 0
     out = capsys.readouterr().out
     assert "token cosine" in out and "PSNR, dB" in out and "pictures a second, to tokens" in out
     figures = json.loads(json_file.read_text())
