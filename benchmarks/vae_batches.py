@@ -7,19 +7,17 @@ of diffusers; `--vae flux-size` has FLUX.1's architecture and random weights.
 """
 
 import argparse
-import importlib
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from openvision3.bench.timing import machine, time_in_turns
-from openvision3.config import VAEConfig
 from openvision3.evaluation.perceptual import load_lpips
 from openvision3.training.decoded import DecodedLosses, encode_pixels
 from openvision3.training.precision import autocast, resolve_device
-from openvision3.vae import FrozenVAE, load_vae
+from openvision3.vae import load_vae
+from openvision3.vae_diffusers import random_flux_vae
 
 
 def main() -> None:
@@ -33,7 +31,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compile the VAE's layers")
     options = parser.parse_args()
     device = resolve_device(options.device)
-    vae = flux_size() if options.vae == "flux-size" else load_vae(options.vae)
+    vae = random_flux_vae() if options.vae == "flux-size" else load_vae(options.vae)
     if options.compile:
         vae.compile_layers()
     vae, metric = vae.to(device), load_lpips().to(device)
@@ -59,23 +57,6 @@ def main() -> None:
     for name, spread in time_in_turns(calls, device, options.rounds).items():
         low, median, high = (1e3 * value / count for value in (spread.low, spread.median, spread.high))
         print(f"{name:>10} at once: {median:8.2f} ({low:.2f} to {high:.2f})")
-
-
-def flux_size() -> FrozenVAE:
-    """FLUX.1's architecture with random weights."""
-    from openvision3.vae_diffusers import DiffusersVAE
-
-    diffusers: Any = importlib.import_module("diffusers")
-    inner = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=16,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-    return DiffusersVAE(VAEConfig(kind="diffusers", source="random weights"), inner)
 
 
 if __name__ == "__main__":

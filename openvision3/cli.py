@@ -49,10 +49,12 @@ COMMANDS: dict[str, Command] = {
     "eval captioning": Command("caption exactness and CIDEr-D", "evaluation", "captioning"),
     "eval probe": Command("a linear probe on pooled embeddings", "evaluation", "probe"),
     "eval vae": Command("PSNR, SSIM, LPIPS of a frozen VAE alone", "evaluation", "vae"),
+    "eval front": Command("a fast front against the VAE encoder it stands for", "front", "front"),
     "eval all": Command("all of these", "evaluation", "everything"),
     "bench data": Command(
         "how fast training samples come, and how many cores feed a device", "bench_data", "bench_data"
     ),
+    "bench front": Command("a fast encoder against FLUX.1's VAE encoder: cost at its size", "bench_front", "front"),
     "convert": Command("a model to a folder, the released layout or ONNX, verified", "convert", "convert"),
     "assets list": Command("weights that are fetched by name, and which are here", "assets", "assets_list"),
     "assets fetch": Command("fetch weights by name", "assets", "assets_fetch"),

@@ -41,7 +41,8 @@ MODEL_PARTS: tuple[ModelPart, ...] = typing.get_args(ModelPart)
 class VAEConfig:
     """A frozen autoencoder and its latent convention: `scaled = (z - latent_shift) * latent_scale`."""
 
-    kind: Literal["tiny", "diffusers"] = "tiny"  # the embedded one, or any diffusers autoencoder
+    # the embedded one, any autoencoder of diffusers, or another one behind a fast encoder (see `DistilledVAEConfig`)
+    kind: Literal["tiny", "diffusers", "distilled"] = "tiny"
     source: str = "embedded"  # "embedded", a folder, or a hub id
     channels: int = 16  # latent channels
     factor: int = 8  # pixels per latent, each side
@@ -308,6 +309,56 @@ class VAETrainConfig:
     checkpoint_every: int = resumable(5_000)  # samples
     keep_checkpoints: int = resumable(2)
 
+
+@dataclass(frozen=True)
+class FastEncoderConfig:
+    """Size of a fast encoder: channels and residual blocks at twice the latents' resolution, and at theirs."""
+
+    widths: tuple[int, int] = (32, 64)
+    depths: tuple[int, int] = (1, 4)
+
+
+@dataclass(frozen=True)
+class DistilledVAEConfig:
+    """`config.json` of a fast front: its encoder, and the frozen autoencoder whose scaled latents it gives."""
+
+    encoder: FastEncoderConfig
+    original: VAEConfig
+    fingerprint: str  # of the original: see model/fingerprint.py
+    kind: Literal["distilled"] = "distilled"
+    format_version: int = 1
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Training of a fast encoder onto a frozen VAE's latents: their L1 + cosine distance of a model's tokens."""
+
+    recipe: str
+    init: str = "demo"  # the model whose VAE is matched and whose tokens are compared: folder, or hub id
+    encoder: FastEncoderConfig = FastEncoderConfig()
+    # source "demo": crops of landscapes, scenes and cut-outs, as the tiny VAE learns from; else pictures of tars
+    data: DataConfig = DataConfig()
+    resolution: int = 0  # pixels; 0: the model's own
+    samples: int = 60_000
+    warmup_samples: int = 2_000
+    batch_size: int = 32
+    peak_lr: float = 2e-3
+    optimizer: OptimizerConfig = OptimizerConfig(beta2=0.99, weight_decay=0.0)
+    latent_weight: float = 1.0  # of the L1 of scaled latents
+    token_weight: float = 1.0  # of 1 - cosine of the unified tokens
+    ema: float = 0.999  # per step
+    seed: int = 0  # of the initial weights
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    out: str = resumable("")
+    log_every: int = resumable(50)  # steps
+    eval_every: int = resumable(10_000)  # samples
+    eval_samples: int = resumable(128)  # pictures that tokens are compared on, on the way
+    eval_source: str = resumable("")  # what the result is measured on; empty: scenes-v1 for "demo", else nothing
+    checkpoint_every: int = resumable(10_000)  # samples
+    keep_checkpoints: int = resumable(2)
+
+
+RunConfig = TrainConfig | VAETrainConfig | DistillConfig  # what a recipe returns
 
 Config = TypeVar("Config")
 

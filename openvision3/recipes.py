@@ -9,10 +9,12 @@ from dataclasses import replace
 from openvision3.config import (
     MODEL_PARTS,
     DataConfig,
+    DistillConfig,
     LossConfig,
     ModelConfig,
     ModelPart,
     OptimizerConfig,
+    RunConfig,
     SceneConfig,
     StageConfig,
     TextDecoderConfig,
@@ -111,6 +113,15 @@ def demo() -> TrainConfig:
 def demo_vae() -> VAETrainConfig:
     """The embedded tiny VAE (8x, 16 channels), within an hour on two cores."""
     return VAETrainConfig(recipe="demo_vae")
+
+
+def distill_vae_encoder() -> DistillConfig:
+    """A fast encoder in place of a VAE's, for the model of --init; its folder is then given as --vae.
+
+    For a model on FLUX.1's VAE, on one GPU: `--init MODEL --data.source TARS --encoder.widths 128 256 --samples 5000000
+    --batch-size 64 --peak-lr 5e-4`, a twentieth of that encoder's operations. Figures: docs/PERFORMANCE.md.
+    """
+    return DistillConfig(recipe="distill_vae_encoder")
 
 
 _FLUX = VAEConfig(
@@ -272,10 +283,11 @@ def attach_text() -> TrainConfig:
     return _attach("attach_text", ("text_encoder", "text_decoder"))
 
 
-RECIPES: dict[str, Callable[[], TrainConfig | VAETrainConfig]] = {
+RECIPES: dict[str, Callable[[], RunConfig]] = {
     "quickstart": quickstart,
     "demo": demo,
     "demo_vae": demo_vae,
+    "distill_vae_encoder": distill_vae_encoder,
     "s16_1gpu": s16_1gpu,
     "b16_1000_200": b16_1000_200,
     "paper_b16": paper_b16,

@@ -1,7 +1,7 @@
 """Frozen autoencoders behind one interface: pixels to scaled latents and back.
 
 `TinyVAE` is the embedded one (8x, 16 channels), trained by the recipe `demo_vae`; any autoencoder of diffusers, FLUX's
-first, comes through `vae_diffusers.py`.
+first, comes through `vae_diffusers.py`; `vae_distilled.py` puts a fast encoder in front of either.
 """
 
 import dataclasses
@@ -66,12 +66,12 @@ class FrozenVAE(nn.Module):
         raise NotImplementedError
 
 
-def _activation(x: Tensor) -> Tensor:
+def activation(x: Tensor) -> Tensor:
     # Leaky: without normalisation layers, plain ReLUs died by whole layers early in training.
     return F.leaky_relu(x, 0.1)
 
 
-def _zero(layer: nn.Conv2d) -> None:
+def zero_weights(layer: nn.Conv2d) -> None:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
 
@@ -83,10 +83,10 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        _zero(self.conv2)
+        zero_weights(self.conv2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(_activation(self.conv1(_activation(x))))
+        return x + self.conv2(activation(self.conv1(activation(x))))
 
 
 class TinyEncoder(nn.Module):
@@ -106,10 +106,10 @@ class TinyEncoder(nn.Module):
             layers += [ResidualBlock(width) for _ in range(depth)]
         self.layers = nn.Sequential(*layers)
         self.head = nn.Conv2d(widths[-1], 2 * channels, 1)
-        _zero(self.head)
+        zero_weights(self.head)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_variance = self.head(_activation(self.layers(images))).chunk(2, dim=1)
+        mean, log_variance = self.head(activation(self.layers(images))).chunk(2, dim=1)
         return mean + self.linear(F.pixel_unshuffle(images, 8)), (log_variance - 6).clamp(-12, 2)
 
 
@@ -126,10 +126,10 @@ class TinyDecoder(nn.Module):
                 layers += [nn.Conv2d(widths[i], 4 * widths[i - 1], 1), nn.PixelShuffle(2)]
         self.layers = nn.Sequential(*layers)
         self.head = nn.Conv2d(widths[0], 12, 3, padding=1)
-        _zero(self.head)
+        zero_weights(self.head)
 
     def forward(self, latents: Tensor) -> Tensor:
-        image = F.pixel_shuffle(self.head(_activation(self.layers(latents))), 2)
+        image = F.pixel_shuffle(self.head(activation(self.layers(latents))), 2)
         return image + F.pixel_shuffle(self.linear(latents), 8)
 
 
@@ -197,13 +197,20 @@ def load_vae(
 ) -> FrozenVAE:
     """Loads a frozen autoencoder: "tiny", a folder, a hub id, or the full description as a `VAEConfig`.
 
-    A folder is one that `TinyVAE.save` wrote, or of diffusers; the latter, or a hub id, takes its latent convention
-    from the autoencoder's own config. Raises `OpenVisionError` where it can't be had, naming what to do.
+    A folder is one that `TinyVAE.save` or `DistilledVAE.save` wrote, or of diffusers; the latter, or a hub id, takes
+    its latent convention from the autoencoder's own config. Raises `OpenVisionError` where it can't be had, naming
+    what to do.
     """
+    from openvision3.vae_distilled import is_distilled, load_distilled_vae  # which builds on this module
+
     if source == "tiny":
         source = VAEConfig()
+    elif isinstance(source, str) and is_distilled(source):
+        source = VAEConfig(kind="distilled", source=source)
     elif isinstance(source, str) and (Path(source) / "model.safetensors").is_file():
         source = VAEConfig(kind="tiny", source=source)
+    if isinstance(source, VAEConfig) and source.kind == "distilled":
+        return load_distilled_vae(Path(source.source)).to(device=device, dtype=dtype)
     if isinstance(source, VAEConfig) and source.kind == "tiny":
         vae: FrozenVAE = load_tiny_vae(None if source.source == "embedded" else Path(source.source))
         vae.config = dataclasses.replace(source, channels=vae.config.channels)

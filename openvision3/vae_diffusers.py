@@ -56,12 +56,21 @@ def flux_config(convention: str = "released", source: str = FLUX_SOURCE) -> VAEC
     return VAEConfig("diffusers", source, 16, 8, FLUX_SCALE, shift, FLUX_SHA256, FLUX_LICENCE)
 
 
-def flux_shell() -> "DiffusersVAE":
-    """FLUX.1's autoencoder without weights, on the meta device: for counting."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+def flux_autoencoder() -> Any:
+    """diffusers' AutoencoderKL of FLUX.1's size with random weights, to count and time."""
+    diffusers: Any = importlib.import_module("diffusers")
+    return diffusers.AutoencoderKL(**FLUX_ARCHITECTURE)
 
+
+def random_flux_vae() -> "DiffusersVAE":
+    """A VAE of FLUX.1's size with random weights."""
+    return DiffusersVAE(flux_config(), flux_autoencoder())
+
+
+def flux_shell() -> "DiffusersVAE":
+    """The same without weights, on the meta device: for counting."""
     with torch.device("meta"):
-        return DiffusersVAE(flux_config(), AutoencoderKL(**FLUX_ARCHITECTURE))
+        return random_flux_vae()
 
 
 def taef1_config(convention: str = "released", source: str = "madebyollin/taef1") -> VAEConfig:
@@ -122,7 +131,6 @@ class DiffusersVAE(FrozenVAE):
             )
         self.autoencoder = autoencoder
         self.compiled, self.prepared = False, _Prepared()
-        self.register_load_state_dict_post_hook(lambda *_: self.prepared.clear())
         self.freeze()
 
     def compile_layers(self) -> None:
@@ -142,6 +150,10 @@ class DiffusersVAE(FrozenVAE):
         if dtype not in self.prepared:
             self.prepared[dtype] = fast_autoencoder(self.autoencoder, dtype, self.compiled)
         return self.prepared[dtype]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.prepared.clear()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "DiffusersVAE":
         super()._apply(fn, recurse)

@@ -27,14 +27,15 @@ class ModelOptions:
     """Which model, and where it runs."""
 
     model: str = "demo"  # "demo", a model folder, or a hub id such as UCSC-VLAA/openvision3-vit-base-patch2-32
+    vae: str = "auto"  # auto: the model's own; or a fast front's folder (distill_vae_encoder), another VAE's, a hub id
     device: str = "auto"  # auto: cuda, then mps, then cpu; or cpu, cuda, cuda:1, mps
     dtype: Literal["fp32", "bf16"] = "fp32"  # of weights and arithmetic
 
 
-def load_model(options: ModelOptions, vae: Literal["auto"] | None = "auto") -> "OpenVision3":
+def load_model(options: ModelOptions, with_vae: bool = True) -> "OpenVision3":
     """Loads the model on its device, in evaluation mode, and says on stderr what the demo model knows.
 
-    With `vae` None it comes without its autoencoder: latents in, tokens out.
+    Without `with_vae` it comes without its autoencoder: latents in, tokens out.
     Raises `OpenVisionError` for a model that is missing or broken, or a device that isn't there.
     """
     import torch
@@ -43,6 +44,7 @@ def load_model(options: ModelOptions, vae: Literal["auto"] | None = "auto") -> "
     from openvision3.training.precision import resolve_device
 
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
+    vae = options.vae if with_vae else None
     model = openvision3.load(options.model, vae=vae, device=resolve_device(options.device), dtype=dtype)
     if options.model == "demo":
         print(DEMO_KNOWS.format(size=model.config.image_size), file=sys.stderr)

@@ -42,7 +42,7 @@ def info(
     try:
         loaded, missing = common.load_model(options), ""
     except OpenVisionError as error:
-        loaded, missing = common.load_model(options, vae=None), f" (can't be loaded: {error})"
+        loaded, missing = common.load_model(options, with_vae=False), f" (can't be loaded: {error})"
     config = loaded.config
     size = checked_size(loaded, size or config.image_size)
     parameters, flops = loaded.num_parameters(), loaded.flops(size)

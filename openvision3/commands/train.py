@@ -10,17 +10,18 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 import tyro
 
-from openvision3.config import OpenVisionError, TrainConfig, VAETrainConfig
+from openvision3.config import DistillConfig, OpenVisionError, RunConfig, TrainConfig, VAETrainConfig
 
 if TYPE_CHECKING:
     from openvision3.model.openvision3 import OpenVision3
     from openvision3.training.loop import Evaluate
 
-Config = TypeVar("Config", bound=TrainConfig | VAETrainConfig)
+Config = TypeVar("Config", bound=RunConfig)
 _INIT = re.compile(r"^--init[-_]from(?=$|=)")  # another name of --init
 
 
@@ -55,7 +56,7 @@ def train(args: list[str]) -> int:
     return run_train(run.config, run.device, run.dry_run)
 
 
-def run_train(config: TrainConfig | VAETrainConfig, device: str = "auto", dry_run: bool = False) -> int:
+def run_train(config: RunConfig, device: str = "auto", dry_run: bool = False) -> int:
     """Trains a resolved recipe in its run folder (or resumes it there) and prints the folder; or only describes it.
 
     Returns the exit code: 0, also where SIGTERM or SIGUSR1 stopped the run, with all saved, as a scheduler's way to
@@ -70,16 +71,12 @@ def run_train(config: TrainConfig | VAETrainConfig, device: str = "auto", dry_ru
 
     speaks = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
     try:
-        if isinstance(config, VAETrainConfig):
-            if os.environ.get("WORLD_SIZE", "1") != "1":
-                raise OpenVisionError(f"recipe {config.recipe} trains in one process: start it without torchrun")
-            from openvision3.training.vae_training import train_vae
-
-            folder = train_vae(config, device)
-        else:
+        if isinstance(config, TrainConfig):
             from openvision3.training.loop import train as train_encoder
 
             folder = train_encoder(config, device, evaluator(config))
+        else:
+            folder = _train_alone(config, device)
     except RunInterrupted as stop:
         if speaks:
             print(f"ov3: {stop}", file=sys.stderr)
@@ -87,6 +84,23 @@ def run_train(config: TrainConfig | VAETrainConfig, device: str = "auto", dry_ru
     if speaks:
         print(folder)
     return 0
+
+
+def _train_alone(config: VAETrainConfig | DistillConfig, device: str) -> Path:
+    """Runs a recipe that trains in one process; a fast front is measured at the end."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise OpenVisionError(f"recipe {config.recipe} trains in one process: start it without torchrun")
+    if isinstance(config, VAETrainConfig):
+        from openvision3.training.vae_training import train_vae
+
+        return train_vae(config, device)
+    from openvision3.commands.front import measure
+    from openvision3.training.distill import distill, evaluation_source
+
+    folder = distill(config, device)
+    if source := evaluation_source(config):
+        measure(config.init, folder, device, source, config.resolution, json=folder.parent / "front.json")
+    return folder
 
 
 def evaluator(config: TrainConfig) -> "Evaluate | None":

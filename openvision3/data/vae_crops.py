@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from openvision3.config import SceneConfig
 from openvision3.data import demo
+from openvision3.data.batches import begin_worker
 
 # Small things hold the fine detail that a tiny autoencoder loses first, hence the smaller sizes than the benchmark's.
 _SCENES = SceneConfig(size_min=0.15, size_max=0.6, count_weights=(0.2, 0.3, 0.3, 0.2))
@@ -45,3 +46,16 @@ class VAECrops(Dataset[Tensor]):
         box = (left, top, left + side, top + side)
         crop = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
         return np.array(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop)
+
+
+def crop_batches(
+    size: int, seed: int, samples: int, start: int, batch_size: int, num_workers: int
+) -> "DataLoader[Tensor]":
+    """Whole batches, uint8 (B, 3, size, size), of the pictures from `start` to `samples`."""
+    return DataLoader(
+        Subset(VAECrops(size, seed, samples), range(start, samples)),
+        batch_size,
+        num_workers=num_workers,
+        drop_last=True,
+        worker_init_fn=begin_worker,
+    )

@@ -1,7 +1,8 @@
 """Model folders: `config.json`, `model.safetensors`, `tokenizer.json` and `README.md`.
 
 `config.json` holds `format_version`, the `ModelConfig` under "model", and under "vae" the architecture of an embedded
-tiny VAE, whose weights lie in `model.safetensors` under the prefix `vae.`. Other autoencoders are named, not packed.
+tiny VAE, whose weights lie in `model.safetensors` under the prefix `vae.`. Other autoencoders are named, not packed. A
+model with a fast front is saved with the VAE behind it.
 """
 
 import json
@@ -16,6 +17,7 @@ from torch import Tensor
 from openvision3.config import ModelConfig, OpenVisionError, TinyVAEConfig, from_dict, to_dict
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.vae import FrozenVAE, TinyVAE, load_vae
+from openvision3.vae_distilled import DistilledVAE
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.json", "README.md"
@@ -40,10 +42,11 @@ def save_folder(
 
     tensors = {name: _stored(name, tensor, dtype) for name, tensor in own_state(model).items()}
     description: dict[str, Any] = {"format_version": FORMAT_VERSION, "model": to_dict(model.config)}
-    if isinstance(model.vae, TinyVAE) and pack_vae:
-        description["model"]["vae"] = to_dict(model.vae.config)
-        description["vae"] = to_dict(model.vae.architecture)
-        tensors |= {_VAE_PREFIX + name: _compact(tensor) for name, tensor in model.vae.state_dict().items()}
+    vae = model.vae.original if isinstance(model.vae, DistilledVAE) else model.vae
+    if isinstance(vae, TinyVAE) and pack_vae:
+        description["model"]["vae"] = to_dict(vae.config)
+        description["vae"] = to_dict(vae.architecture)
+        tensors |= {_VAE_PREFIX + name: _compact(tensor) for name, tensor in vae.state_dict().items()}
     _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     if model.tokenizer is not None:
         model.tokenizer.save(folder / TOKENIZER)

@@ -7,15 +7,25 @@ from pathlib import Path
 import torch
 
 from openvision3 import assets
-from openvision3.config import ModelPart, OpenVisionError, TrainConfig, VAETrainConfig, to_dict
+from openvision3.config import (
+    DistillConfig,
+    ModelPart,
+    OpenVisionError,
+    RunConfig,
+    TrainConfig,
+    VAETrainConfig,
+    to_dict,
+)
 from openvision3.data.latent_cache import CACHE
 from openvision3.data.store import expand
 from openvision3.hub.encoders import load_external
 from openvision3.model.external import ExternalEncoder
+from openvision3.model.flops import counted_flops, vae_flops
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.training.attach import is_run, trained_model
 from openvision3.training.checkpoint import checkpoint_step, checkpoints
 from openvision3.training.decoded import pictures_at_once
+from openvision3.training.distill import teacher
 from openvision3.training.frozen import LOSSES, part_of, trained_losses
 from openvision3.training.latents import latents_folder
 from openvision3.training.memory import STATE_BYTES, activation_bytes
@@ -23,18 +33,21 @@ from openvision3.training.precision import Precision, resolve_device
 from openvision3.training.setup import BERT_VOCABULARY, run_folder
 from openvision3.training.stages import Stage, plan, validate
 from openvision3.vae import TINY_FOLDER, FrozenVAE, load_vae
+from openvision3.vae_distilled import FastEncoder
 
 
-def dry_run(config: TrainConfig | VAETrainConfig, device: str = "auto") -> str:
+def dry_run(config: RunConfig, device: str = "auto") -> str:
     """The text that `ov3 train RECIPE --dry-run` prints. Nothing is written or trained.
 
-    Nothing is fetched but the encoder that `config.init` names, where that is a hub id: it settles the sizes.
+    Nothing is fetched but the model that `config.init` names, where that is a hub id: it settles the sizes.
     Raises `OpenVisionError` for a recipe that can't run whatever is there.
     """
     place = resolve_device(device)
     lines = [json.dumps(to_dict(config), indent=2), ""]
     if isinstance(config, VAETrainConfig):
         return "\n".join([*lines, *_vae_lines(config)])
+    if isinstance(config, DistillConfig):
+        return "\n".join([*lines, *_distill_lines(config)])
     validate(config)
     missing = list(missing_parts(config))
     vae = _vae_on_disk(config)
@@ -57,12 +70,8 @@ def dry_run(config: TrainConfig | VAETrainConfig, device: str = "auto") -> str:
 def missing_parts(config: TrainConfig) -> Iterator[str]:
     """One line for each thing that the run needs and that is not on this machine, and where it would come from."""
     for source in config.data.sources:
-        if source == "demo" or "://" in source:  # a dry run asks no store
-            continue
-        try:
-            expand(source)
-        except OpenVisionError as error:
-            yield f"data: {error}"
+        if line := _source_missing(source):
+            yield f"data: {line}"
     for stage in plan(config):
         if (folder := latents_folder(config, stage)) and not (Path(folder) / CACHE).is_file():
             yield f"latents: {folder} is no cache of latents; `ov3 data cache-latents` makes one"
@@ -77,6 +86,16 @@ def missing_parts(config: TrainConfig) -> Iterator[str]:
         yield from _missing_asset("bert-vocab", "the tokenizer's vocabulary")
     if any(stage.lpips_weight > 0 for stage in config.stages):
         yield from _missing_asset(f"lpips-{config.loss.lpips_net}", "LPIPS weights")
+
+
+def _source_missing(source: str) -> str:
+    if source == "demo" or "://" in source:  # a dry run asks no store
+        return ""
+    try:
+        expand(source)
+    except OpenVisionError as error:
+        return str(error)
+    return ""
 
 
 def _missing_asset(name: str, what: str) -> Iterator[str]:
@@ -204,6 +223,25 @@ def _vae_lines(config: VAETrainConfig) -> list[str]:
     ]
     missing = _missing_asset("lpips-alex", "LPIPS weights") if config.lpips_weight else ()
     return [*lines, *(f"missing: {line}" for line in missing)]
+
+
+def _distill_lines(config: DistillConfig) -> list[str]:
+    model = teacher(config)
+    original, size = model.vae, config.resolution or model.config.image_size
+    assert original is not None
+    with torch.device("meta"):
+        front = FastEncoder(config.encoder, original.config.channels, original.config.factor).requires_grad_(False)
+    parameters = sum(parameter.numel() for parameter in front.parameters())
+    fast, slow = counted_flops(front, (3, size, size)), vae_flops(original, size)["vae_encoder"]
+    steps = config.samples // config.batch_size
+    missing = map(_source_missing, config.data.sources)
+    return [
+        f"recipe {config.recipe}, for {config.init}: {steps:,} steps of {config.batch_size:,} samples at {size} px",
+        f"peak rate {config.peak_lr:.3g}, warm-up over {config.warmup_samples:,} samples, cosine to 0",
+        f"fast encoder: {parameters:,} parameters, {fast / 1e9:,.3g} GFLOPs at {size} px; the VAE's encoder has "
+        f"{slow / 1e9:,.3g}, {slow / fast:.1f} times as many",
+        *(f"missing: data: {line}" for line in missing if line),
+    ]
 
 
 def _bytes(count: float) -> str:

@@ -1,29 +1,18 @@
 """Training of the embedded tiny VAE: L1 + MSE + LPIPS + a small KL, on pictures that never run out."""
 
-import copy
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
 
-from openvision3.config import OpenVisionError, SceneConfig, VAEConfig, VAETrainConfig
+from openvision3.config import SceneConfig, VAEConfig, VAETrainConfig
 from openvision3.data import demo
-from openvision3.data.batches import begin_worker
-from openvision3.data.vae_crops import VAECrops
+from openvision3.data.vae_crops import VAECrops, crop_batches
 from openvision3.evaluation.perceptual import Perceptual, load_lpips
-from openvision3.training import optimizer as optim
-from openvision3.training.checkpoint import checkpoint_tensors, latest_checkpoint, load_checkpoint, save_checkpoint
-from openvision3.training.monitor import Monitor
-from openvision3.training.precision import Precision, autocast, choose_precision, resolve_device
-from openvision3.training.run_folder import (
-    RunInterrupted,
-    StopRequest,
-    open_run,
-    record_environment,
-    recorded_environment,
-)
+from openvision3.training.picture_loop import PictureTask, to_images, train_on_pictures
+from openvision3.training.precision import Precision, autocast, resolve_device
+from openvision3.training.run_folder import open_run
 from openvision3.vae import TinyVAE
 
 _STATISTICS_PICTURES = 1024  # that give the principal components at the start and the latents' scale at the end
@@ -42,78 +31,30 @@ def train_vae(config: VAETrainConfig, device_name: str = "auto", out: Path | Non
 
 def _train(config: VAETrainConfig, device: torch.device, folder: Path) -> Path:
     torch.manual_seed(config.seed)
-    steps = config.samples // config.batch_size
-    data = VAECrops(config.resolution, config.seed, config.samples)
     vae = TinyVAE(VAEConfig(channels=config.vae.channels, licence="MIT"), config.vae)
     initialise_linear(vae, statistics_pictures(config))
     vae.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    average = copy.deepcopy(vae)
     lpips = load_lpips().to(device) if config.lpips_weight else None
-    o = config.optimizer
-    optimizer = optim.adamw(vae, o.beta1, o.beta2, o.eps, o.weight_decay)
-    modules = {"vae": vae, "average": average}
-
-    resume = latest_checkpoint(folder / "checkpoints")
-    step = load_checkpoint(resume, modules, optimizer)["step"] if resume else 0
-    environment = recorded_environment(folder)
-    if environment is None:
-        images = _images(torch.stack([data[i] for i in range(config.batch_size)]), device)
-        precision = choose_precision(
-            config.precision, device, lambda p: _losses(config, vae, lpips, images, 0, p)["total"].backward()
-        )
-        optimizer.zero_grad()
-        environment = record_environment(folder, device, precision=precision)
-    precision: Precision = environment["precision"]
-
-    loader = DataLoader(
-        Subset(data, range(step * config.batch_size, config.samples)),
-        config.batch_size,
-        num_workers=config.num_workers,
-        drop_last=True,
-        worker_init_fn=begin_worker,
-    )
     held_out = {"landscapes": _landscapes(config.resolution), "scenes": _scenes(config.resolution)}
-    with (
-        StopRequest() as stop,
-        Monitor(
-            folder,
-            steps * config.batch_size,
-            samples_seen=step * config.batch_size,
-            resume_step=step,
-            shown=("total", "l1", "lpips", "kl"),
-        ) as monitor,
-    ):
-        for batch in loader:
-            step += 1
-            seen = step * config.batch_size
-            rate = config.peak_lr * optim.warmup_cosine(
-                seen - config.batch_size / 2, config.warmup_samples, config.samples
-            )
-            optim.set_learning_rate(optimizer, rate)
-            losses = _losses(config, vae, lpips, _images(batch, device), step, precision)
-            losses["total"].backward()
-            norm = optim.clip_gradients(vae, o.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            update_average(average, vae, min(config.ema, step / (step + 10)))
-            monitor.advance(seen)
 
-            if step % config.log_every == 0 or step == steps:
-                values = {name: value.item() for name, value in losses.items()}
-                if not all(map(torch.isfinite, map(torch.tensor, values.values()))):
-                    raise OpenVisionError(f"{folder}: a loss is not finite at step {step}: {values}")
-                monitor.log(step, seen, {**values, "grad_norm": float(norm), "lr": rate})
-            if _due(seen, config.batch_size, config.eval_every) or step == steps:
-                with monitor.paused():
-                    figures = evaluate(average, held_out, device)
-                    monitor.record("eval", step, seen, figures)
-                    monitor.say("  ".join(f"{name} {value:.2f}" for name, value in figures.items()))
-            if _due(seen, config.batch_size, config.checkpoint_every) or step == steps or stop:
-                monitor.flush()
-                tensors = checkpoint_tensors(modules, optimizer)
-                save_checkpoint(folder / "checkpoints", step, tensors, {"step": step}, keep=config.keep_checkpoints)
-            if stop and step < steps:
-                raise RunInterrupted(f"stopped at {seen:,} samples; the same command resumes it", stop.signal_number)
+    def figures(average: nn.Module) -> dict[str, float]:
+        assert isinstance(average, TinyVAE)
+        return evaluate(average, held_out, device)
+
+    task = PictureTask(
+        name="vae",
+        module=vae,
+        resolution=config.resolution,
+        losses=lambda images, step, precision: _losses(config, vae, lpips, images, step, precision),
+        batches=lambda step: crop_batches(
+            config.resolution, config.seed, config.samples, step * config.batch_size, config.batch_size,
+            config.num_workers,
+        ),
+        evaluate=figures,
+        shown=("total", "l1", "lpips", "kl"),
+    )  # fmt: skip
+    average = train_on_pictures(config, task, folder, device)
+    assert isinstance(average, TinyVAE)
     scale_latents(average, statistics_pictures(config), device)
     average.cpu().save(folder / "model")
     return folder / "model"
@@ -135,14 +76,6 @@ def _losses(
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
     total = config.l1_weight * l1 + config.mse_weight * mse + config.lpips_weight * distance + config.kl_weight * kl
     return {"total": total, "l1": l1, "mse": mse, "lpips": distance, "kl": kl}
-
-
-def _images(batch: Tensor, device: torch.device) -> Tensor:
-    return (batch.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-
-
-def _due(seen: int, batch_size: int, every: int) -> bool:
-    return every > 0 and seen // every > (seen - batch_size) // every
 
 
 def statistics_pictures(config: VAETrainConfig) -> Tensor:
@@ -167,13 +100,6 @@ def initialise_linear(vae: TinyVAE, images: Tensor) -> None:
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, online: nn.Module, decay: float) -> None:
-    """Moves the averaged weights towards the online ones: `average = decay * average + (1 - decay) * online`."""
-    for mine, theirs in zip(average.parameters(), online.parameters(), strict=True):
-        mine.lerp_(theirs, 1 - decay)
-
-
-@torch.no_grad()
 def scale_latents(vae: TinyVAE, images: Tensor, device: torch.device) -> None:
     """Sets the latents' mean and deviation per channel, in float64 over `images`, so that they become 0 and 1."""
     latents = torch.cat([vae.encoder(chunk.to(device))[0].double() for chunk in images.split(32)])
@@ -188,7 +114,7 @@ def evaluate(vae: TinyVAE, held_out: dict[str, Tensor], device: torch.device) ->
     for name, pictures in held_out.items():
         values = []
         for chunk in pictures.split(16):
-            images = _images(chunk, device)
+            images = to_images(chunk, device)
             output = vae.decoder(vae.encoder(images)[0]).clamp(-1, 1)
             error = ((output + 1) * 127.5).round() - chunk.to(device).float()
             values.append(10 * torch.log10(255**2 / error.square().mean((1, 2, 3)).clamp(min=1e-10)))

@@ -19,6 +19,7 @@ from openvision3.hub.hf.standalone.modeling_openvision3 import OpenVision3Vision
 from openvision3.hub.verify import native_grid, own_encoder, random_ids, random_inputs
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.vae import TinyVAE
+from openvision3.vae_distilled import DistilledVAE
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu_squared": "relu2"}
 
@@ -137,6 +138,8 @@ def _vision_config(model: OpenVision3, include_vae_decoder: bool) -> OpenVision3
 def _vae_config(model: OpenVision3, include_decoder: bool) -> OpenVision3VAEConfig:
     vae = model.vae
     convention: VAEConfig = model.config.vae if vae is None else vae.config
+    if isinstance(vae, DistilledVAE):
+        raise OpenVisionError("transformers' form of a model has no fast front: load the model with its own VAE")
     if vae is None:
         kind, architecture = "none", None
     elif isinstance(vae, TinyVAE):
