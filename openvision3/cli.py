@@ -50,6 +50,7 @@ COMMANDS: dict[str, Command] = {
     "eval probe": Command("a linear probe on pooled embeddings", "evaluation", "probe"),
     "eval vae": Command("PSNR, SSIM, LPIPS of a frozen VAE alone", "evaluation", "vae"),
     "eval all": Command("all of these", "evaluation", "everything"),
+    "bench encode": Command("encoding and captions against others' public code", "bench_encode", "bench_encode"),
     "convert": Command("a model to a folder, the released layout or ONNX, verified", "convert", "convert"),
     "assets list": Command("weights that are fetched by name, and which are here", "assets", "assets_list"),
     "assets fetch": Command("fetch weights by name", "assets", "assets_fetch"),
