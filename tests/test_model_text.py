@@ -8,6 +8,7 @@ import torch
 from openvision3.config import AttentionPath, OpenVisionError, TextDecoderConfig, TextEncoderConfig, TransformerConfig
 from openvision3.model import generate
 from openvision3.model.generate import beam_search, greedy_search
+from openvision3.model.packed import can_pack
 from openvision3.model.text import CaptionDecoder, TextEncoder
 
 PAD, BOS, EOS, CLS = 0, 1, 2, 3
@@ -134,6 +135,27 @@ def test_the_fixed_shape_step_equals_the_other(image_input):
     state = decoder.start(tokens)
     steps = [decoder._fixed_step(ids[:, i], torch.tensor([i]), state.past, state.cross, state.prefix) for i in range(8)]
     torch.testing.assert_close(torch.stack(steps, dim=1), decoder(tokens, ids), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("image_input", ["cross", "prefix"])
+def test_packed_weights_give_the_same_steps_and_follow_training(image_input, dtype):
+    decoder, tokens = make_decoder(image_input).to(dtype), torch.randn(3, 5, 24, dtype=dtype)
+    assert can_pack(decoder)
+    ids = torch.randint(4, 12, (3, 8))
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    for _ in range(2):
+        with torch.no_grad():
+            packed = decoder.for_steps()
+            state, plain = packed.start(tokens), decoder.start(tokens)
+            assert packed is not decoder and packed.embedding.tokens is decoder.embedding.tokens
+            for i in range(8):
+                found, expected = packed.step(ids[:, i], state), decoder.step(ids[:, i], plain)
+                torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+            for parameter in decoder.parameters():
+                parameter.mul_(1.3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert decoder.for_steps() is decoder
 
 
 @pytest.mark.slow

@@ -194,7 +194,7 @@ class CrossAttention(nn.Module):
         return key, value
 
     def forward(self, x: Tensor, context: KeyValue) -> Tensor:
-        """(B * k, N, W) -> the same, for a context of B rows: k rows in turn look at one of them (beams of a picture)."""
+        """(B * k, N, W) -> the same, for a context of B rows: k rows in turn look at each (beams of a picture)."""
         rows = context[0].shape[0]
         query = rearrange(self.query(x), "(b k) n (h d) -> b h (k n) d", b=rows, h=self.num_heads)
         mixed = attend(query, *context, None, self.path)

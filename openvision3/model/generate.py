@@ -29,6 +29,7 @@ def greedy_search(
     see `CaptionDecoder.compiled_step`.
     """
     pad_id, limit = decoder.config.pad_id, _limit(decoder, max_length)
+    decoder = decoder if compile else decoder.for_steps()
     state = decoder.start(tokens, grid, limit)
     step = decoder.compiled_step if compile else decoder.step
     ids = torch.full((tokens.shape[0], limit), pad_id, dtype=torch.long, device=tokens.device)
@@ -65,6 +66,7 @@ def beam_search(
     pad_id, limit, device = decoder.config.pad_id, _limit(decoder, max_length), tokens.device
     batch = tokens.shape[0]
     rows = torch.arange(batch, device=device)[:, None] * num_beams
+    decoder = decoder.for_steps()
     state = decoder.start(tokens, grid, limit, num_beams)
     ids = torch.full((batch * num_beams, limit), pad_id, dtype=torch.long, device=device)
     ids[:, 0] = bos_id
