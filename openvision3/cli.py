@@ -55,6 +55,7 @@ COMMANDS: dict[str, Command] = {
         "how fast training samples come, and how many cores feed a device", "bench_data", "bench_data"
     ),
     "bench front": Command("a fast encoder against FLUX.1's VAE encoder: cost at its size", "bench_front", "front"),
+    "bench encode": Command("encoding and captions against others' public code", "bench_encode", "bench_encode"),
     "convert": Command("a model to a folder, the released layout or ONNX, verified", "convert", "convert"),
     "assets list": Command("weights that are fetched by name, and which are here", "assets", "assets_list"),
     "assets fetch": Command("fetch weights by name", "assets", "assets_fetch"),

@@ -83,7 +83,7 @@ def test_self_attention_against_torch():
         }
     )
     x = torch.randn(2, 5, 16)
-    torch.testing.assert_close(ours(x)[0], theirs(x, x, x)[0], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(ours(x), theirs(x, x, x)[0], atol=1e-6, rtol=1e-5)
 
 
 def test_causal_mask_literal():

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from openvision3.config import AttentionPath, OpenVisionError, TextDecoderConfig, TextEncoderConfig, TransformerConfig
+from openvision3.model import generate
 from openvision3.model.generate import beam_search, greedy_search
+from openvision3.model.prepacked import can_pack
 from openvision3.model.text import CaptionDecoder, TextEncoder
 
 PAD, BOS, EOS, CLS = 0, 1, 2, 3
@@ -92,6 +94,90 @@ def test_cached_steps_equal_the_uncached_forward(image_input):
     state = decoder.start(tokens)
     steps = torch.stack([decoder.step(ids[:, i], state) for i in range(8)], dim=1)
     torch.testing.assert_close(steps, decoder(tokens, ids), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["matmul", "sdpa"])
+@pytest.mark.parametrize("image_input", ["cross", "prefix"])
+def test_a_step_neither_moves_the_cache_nor_depends_on_its_room(image_input, path):
+    """Each step's logits against the uncached forward pass, with room to spare, in buffers that stay where they are."""
+    decoder, tokens = make_decoder(image_input, context_length=32), torch.randn(3, 5, 24)
+    for module in decoder.modules():
+        if hasattr(module, "path"):
+            module.path = path
+    ids = torch.randint(4, 12, (3, 8))
+    state = decoder.start(tokens, max_length=20)
+    places = [cache.keys.data_ptr() for cache in state.past]
+    for i in range(8):
+        found, expected = decoder.step(ids[:, i], state), decoder(tokens, ids[:, : i + 1])[:, -1]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert places == [cache.keys.data_ptr() for cache in state.past]
+    assert state.past[0].keys.shape[2] == 20 + (5 if image_input == "prefix" else 0)
+
+
+@pytest.mark.parametrize("image_input", ["cross", "prefix"])
+def test_beams_share_the_picture_and_follow_their_parent(image_input):
+    decoder, tokens = make_decoder(image_input), torch.randn(2, 5, 24)
+    first, second = torch.randint(4, 12, (6, 3)), torch.randint(4, 12, (6, 2))
+    parents = torch.tensor([2, 0, 0, 4, 5, 4])  # rows of the same picture
+    state = decoder.start(tokens, num_beams=3)
+    for i in range(3):
+        decoder.step(first[:, i], state)
+    state.reorder(parents)
+    found = torch.stack([decoder.step(second[:, i], state) for i in range(2)], dim=1)
+    expected = decoder(tokens.repeat_interleave(3, dim=0), torch.cat([first[parents], second], dim=1))[:, 3:]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("image_input", ["cross", "prefix"])
+def test_the_fixed_shape_step_equals_the_other(image_input):
+    decoder, tokens = make_decoder(image_input), torch.randn(3, 5, 24)
+    ids = torch.randint(4, 12, (3, 8))
+    state = decoder.start(tokens)
+    steps = [decoder._fixed_step(ids[:, i], torch.tensor([i]), state.past, state.cross, state.prefix) for i in range(8)]
+    torch.testing.assert_close(torch.stack(steps, dim=1), decoder(tokens, ids), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("image_input", ["cross", "prefix"])
+def test_packed_weights_give_the_same_steps_and_follow_training(image_input, dtype):
+    decoder, tokens = make_decoder(image_input).to(dtype), torch.randn(3, 5, 24, dtype=dtype)
+    assert can_pack(decoder)
+    ids = torch.randint(4, 12, (3, 8))
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    for _ in range(2):
+        with torch.no_grad():
+            packed = decoder.for_steps()
+            state, plain = packed.start(tokens), decoder.start(tokens)
+            assert packed is not decoder and packed.embedding.tokens is decoder.embedding.tokens
+            for i in range(8):
+                found, expected = packed.step(ids[:, i], state), decoder.step(ids[:, i], plain)
+                torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+            for parameter in decoder.parameters():
+                parameter.mul_(1.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert decoder.for_steps() is decoder
+
+
+@pytest.mark.slow
+def test_compiled_captions_are_the_same():
+    decoder, tokens = make_decoder("cross", vocab_size=6, seed=3), torch.randn(12, 5, 24)
+    assert torch.equal(greedy_search(decoder, tokens, BOS, EOS, compile=True), greedy_search(decoder, tokens, BOS, EOS))
+
+
+def test_asking_seldom_whether_all_have_ended_changes_nothing(monkeypatch):
+    decoder, tokens = make_decoder("cross", vocab_size=6, seed=3), torch.randn(4, 5, 24)
+    expected = [greedy_search(decoder, tokens, BOS, EOS), beam_search(decoder, tokens, BOS, EOS, 3)]
+    monkeypatch.setattr(generate, "_all_ended", lambda finished, place: False)
+    assert torch.equal(greedy_search(decoder, tokens, BOS, EOS), expected[0])
+    assert torch.equal(beam_search(decoder, tokens, BOS, EOS, 3), expected[1])
+
+
+@pytest.mark.parametrize("image_input", ["cross", "prefix"])
+def test_captions_under_autocast(image_input):
+    decoder, tokens = make_decoder(image_input), torch.randn(3, 5, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert decoder.start(tokens).past[0].keys.dtype == torch.bfloat16
+        assert greedy_search(decoder, tokens, BOS, EOS).shape[0] == 3
 
 
 @pytest.mark.parametrize("image_input", ["cross", "prefix"])

@@ -1,5 +1,6 @@
 """Runs a model over the pictures of a command: what exists is left alone, failures are named, the rate is shown."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +13,10 @@ from openvision3.commands import common
 from openvision3.commands.pictures import Found, Picture, batches, find_pictures, prepare
 from openvision3.config import OpenVisionError
 
+MOST_WORKERS = 8  # threads; a decoder of pictures leaves Python's lock alone for most of its time
+
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
     from torch import Tensor
 
@@ -42,6 +46,11 @@ def checked_size(model: "OpenVision3", size: int) -> int:
     if size < side or size % side:
         raise OpenVisionError(f"--size {size}: expected a multiple of {side} pixels")
     return size
+
+
+def workers_for(device: "torch.device") -> int:
+    """Threads that prepare pictures: beside a model on the CPU one, which then has all cores; for a GPU more."""
+    return 1 if device.type == "cpu" else max(1, min(MOST_WORKERS, (os.cpu_count() or 2) - 1))
 
 
 def check_options(model: "OpenVision3", batching: BatchOptions) -> None:
@@ -128,7 +137,8 @@ class Runner:
             common.fail(line)
         with self.progress, ThreadPoolExecutor(2) as pool:
             writing: list[tuple[Picture, Future[None]]] = []
-            for pictures, images in batches(self.found.pictures, self.load, self.batching.batch_size, self._fail):
+            size, workers = self.batching.batch_size, workers_for(self.device)
+            for pictures, images in batches(self.found.pictures, self.load, size, self._fail, workers):
                 with torch.inference_mode():
                     writers = work(pictures, images.to(self.device, self.dtype))
                 self._settle(writing)

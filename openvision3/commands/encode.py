@@ -17,7 +17,7 @@ from openvision3.commands import common
 from openvision3.commands.batching import BatchOptions, OutputOptions, Runner, check_options, find, square
 from openvision3.commands.common import ModelOptions
 from openvision3.commands.inference import Batching, Images, Model, Output, token_grid
-from openvision3.commands.pictures import Picture
+from openvision3.commands.pictures import Picture, full_batch
 from openvision3.config import OpenVisionError
 from openvision3.files import save_tensors
 
@@ -42,6 +42,7 @@ def encode(
     native_size: Flag = False,
     save_dtype: Literal["fp32", "bf16"] = "fp32",
     shard_mb: float = 256.0,
+    compile: Flag = False,
 ) -> int:
     """Writes each picture's tokens (N, D) and pooled embedding (E) as safetensors: beside it, or with --out in shards.
 
@@ -56,18 +57,22 @@ def encode(
         native_size: keep each picture's own size and shape (see --max-side), instead of the model's square.
         save_dtype: of the tokens on disk; embeddings are fp32.
         shard_mb: largest shard, in millions of bytes.
+        compile: compile the encoder by torch.compile, on CUDA with CUDA graphs; the first batch takes a minute.
     """
+    if compile and native_size:
+        raise OpenVisionError("--compile is for pictures of one size: leave out --native-size")
     if native_size and batching.size is not None:
         raise OpenVisionError("--native-size keeps each picture's size: leave out --size")
     if not native_size and batching.max_side != BatchOptions.max_side:
         raise OpenVisionError("--max-side is for pictures that keep their size: pass --native-size too")
     if out is not None:
-        return encode_to_shards(images, out, model, batching, output, native_size, save_dtype, shard_mb)
+        return encode_to_shards(images, out, model, batching, output, native_size, save_dtype, shard_mb, compile)
     from openvision3.evaluation.retrieval import check_finite
 
     found = find(images, output, suffix)
     loaded = common.load_model(model)
     batching = batching if native_size else square(loaded, batching)
+    run = encoder_for(loaded, batching, compile)
     figures: list[dict[str, Any]] = []
 
     def save(picture: Picture, tokens: "Tensor", embedding: "Tensor", grid: tuple[int, int]) -> None:
@@ -80,7 +85,7 @@ def encode(
     def work(pictures: list[Picture], pixels: "Tensor") -> list[Callable[[], None]]:
         import torch
 
-        tokens = loaded.encode(pixels)
+        tokens = run(pixels)
         embeddings = check_finite(loaded.pool(tokens).float().cpu(), "image")
         tokens = tokens.to("cpu", torch.bfloat16 if save_dtype == "bf16" else torch.float32)
         grid = token_grid(loaded, pixels)
@@ -99,6 +104,7 @@ def encode_to_shards(
     native_size: bool,
     save_dtype: Literal["fp32", "bf16"],
     shard_mb: float,
+    compile: bool,
 ) -> int:
     """Encodes the pictures that are not in the folder `out` yet, this process's share of them; returns the exit code.
 
@@ -115,6 +121,7 @@ def encode_to_shards(
     loaded = common.load_model(on_own_device(model, world))
     batching = batching if native_size else square(loaded, batching)
     check_options(loaded, batching)
+    run = encoder_for(loaded, batching, compile)
 
     from openvision3.data.token_shards import ShardWriter, open_for_writing, read_index, write_index
     from openvision3.evaluation.retrieval import check_finite
@@ -142,7 +149,7 @@ def encode_to_shards(
             if stop:
                 where = f"stopped; what was encoded is in {out}, and the same command goes on from there"
                 raise RunInterrupted(where, stop.signal_number)
-            tokens = loaded.encode(pixels)
+            tokens = run(pixels)
             sizes = [picture.size for picture in pictures]
             keys = [picture.key for picture in pictures]
             embeddings = check_finite(loaded.pool(tokens).float().cpu(), "image")
@@ -157,6 +164,26 @@ def encode_to_shards(
         write_index(out)
     wait_for_all(world)
     return outcome.finish(output, {"model": model.model, "out": str(out), "already": already})
+
+
+def encoder_for(model: "OpenVision3", batching: BatchOptions, compile: bool) -> "Callable[[Tensor], Tensor]":
+    """`model.encode`, or compiled: then a batch that is not full is filled up, for each shape is compiled anew."""
+    if not compile:
+        return model.encode
+    import torch
+
+    from openvision3.model.compiled import compile_encoder
+
+    compile_encoder(model)
+    assert batching.size is not None
+    full = full_batch(batching.batch_size, batching.size**2)
+
+    def encode(images: "Tensor") -> "Tensor":
+        count = images.shape[0]
+        filler = images[-1:].expand(full - count, -1, -1, -1)
+        return model.encode(torch.cat([images, filler]))[:count].clone()  # of a CUDA graph the next run overwrites it
+
+    return encode
 
 
 def share_of_work() -> tuple[int, int]:

@@ -5,8 +5,9 @@ import functools
 import os
 import queue
 import threading
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -157,10 +158,11 @@ def batches(
     prepare_one: "Callable[[Path], tuple[Tensor, tuple[int, int]]]",
     batch_size: int,
     on_failure: Callable[[Picture, str], None],
+    workers: int = 1,
 ) -> "Iterator[tuple[list[Picture], Tensor]]":
     """Yields (pictures, images (B, 3, H, W) in [-1, 1]): each batch of one size, in order where all have the same size.
 
-    A thread prepares pictures ahead of the caller. Memory is bounded whatever the sizes: a batch holds at most
+    `workers` threads prepare pictures ahead of the caller. Memory is bounded whatever the sizes: a batch holds at most
     `batch_size` pictures of 256 x 256 pixels or their area in larger ones (at least one picture), and a few wait.
     A picture that can't be read goes to `on_failure(picture, line)`, called from the caller's thread.
     """
@@ -176,7 +178,7 @@ def batches(
 
     def work() -> None:
         try:
-            for group in _grouped(pictures, prepare_one, batch_size, lambda p, line: put("failure", p, line)):
+            for group in _grouped(pictures, prepare_one, batch_size, lambda p, line: put("failure", p, line), workers):
                 if stopped.is_set():
                     return
                 put("batch", [picture for picture, _ in group], torch.stack([image for _, image in group]))
@@ -209,14 +211,15 @@ def _grouped(
     prepare_one: "Callable[[Path], tuple[Tensor, tuple[int, int]]]",
     batch_size: int,
     on_failure: Callable[[Picture, str], None],
+    workers: int,
 ) -> "Iterator[list[tuple[Picture, Tensor]]]":
     """Groups pictures of one size into batches, and gives the largest group when too much waits."""
     area = batch_size * REFERENCE_SIDE**2
     waiting: dict[tuple[int, ...], list[tuple[Picture, Tensor]]] = defaultdict(list)
     waiting_area = 0
-    for picture in pictures:
+    for picture, prepared in _ahead(pictures, prepare_one, workers):
         try:
-            image, size = prepare_one(picture.path)
+            image, size = prepared.result()
         except OpenVisionError as error:
             on_failure(picture, str(error))
             continue
@@ -226,7 +229,7 @@ def _grouped(
         shape, pixels = tuple(image.shape), image.shape[1] * image.shape[2]
         waiting[shape].append((replace(picture, size=size), image))
         waiting_area += pixels
-        if len(waiting[shape]) >= min(batch_size, max(1, area // pixels)):
+        if len(waiting[shape]) >= full_batch(batch_size, pixels):
             due = shape
         elif waiting_area > 4 * area:
             due = max(waiting, key=lambda key: len(waiting[key]) * key[1] * key[2])
@@ -236,3 +239,25 @@ def _grouped(
         waiting_area -= len(group) * due[1] * due[2]
         yield group
     yield from waiting.values()
+
+
+def full_batch(batch_size: int, pixels: int) -> int:
+    """How many pictures of that many pixels make a batch, where `batch_size` of 256 x 256 do; no more than these."""
+    return min(batch_size, max(1, batch_size * REFERENCE_SIDE**2 // pixels))
+
+
+def _ahead(
+    pictures: Sequence[Picture], prepare_one: "Callable[[Path], tuple[Tensor, tuple[int, int]]]", workers: int
+) -> "Iterator[tuple[Picture, Future[tuple[Tensor, tuple[int, int]]]]]":
+    """Pictures in order, each being prepared by a thread; two a thread are begun before the first is taken."""
+    waiting: deque[tuple[Picture, Future[tuple[Tensor, tuple[int, int]]]]] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="pictures")
+    try:
+        for picture in pictures:
+            waiting.append((picture, pool.submit(prepare_one, picture.path)))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -35,6 +35,36 @@ KeyValue = tuple[Tensor, Tensor]
 """Keys and values of one attention layer, each (B, heads, N, head width)."""
 
 
+class KeyValueCache:
+    """Keys and values of one attention layer's earlier positions, in buffers that have room for all that will come."""
+
+    def __init__(self, shape: tuple[int, int, int, int], like: Tensor) -> None:
+        """`shape`: (B, heads, positions, head width); device and dtype are those of `like`."""
+        # Zeros, not any memory: where the whole buffer is attended to, what is masked has the weight 0, and 0 * NaN is
+        # NaN.
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+
+    def extend(self, new: KeyValue, place: "int | Tensor") -> KeyValue:
+        """Writes positions from `place` on, and returns all up to the last of them.
+
+        With `place` a tensor (1,) on the device, one position is written and the whole buffers are returned: their
+        shapes never change, which a compiled step and a CUDA graph need. What is beyond `place` is for a mask to hide.
+        """
+        if isinstance(place, Tensor):
+            self.keys.index_copy_(2, place, new[0])
+            self.values.index_copy_(2, place, new[1])
+            return self.keys, self.values
+        stop = place + new[0].shape[2]
+        self.keys[:, :, place:stop] = new[0]
+        self.values[:, :, place:stop] = new[1]
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+    def reorder(self, index: Tensor, start: int, stop: int) -> None:
+        """Selects rows of the batch, with repeats allowed, in the positions from `start` to `stop`."""
+        for buffer in (self.keys, self.values):
+            buffer[:, :, start:stop] = buffer[index, :, start:stop]
+
+
 def relu_squared(x: Tensor) -> Tensor:
     """max(x, 0) squared: the cheapest activation here, for models trained from scratch (Primer, arXiv 2109.08668)."""
     return F.relu(x).square()
@@ -125,26 +155,28 @@ class SelfAttention(nn.Module):
         x: Tensor,
         mask: Tensor | None = None,
         first_query: int = 0,
-        past: KeyValue | None = None,
+        cache: KeyValueCache | None = None,
+        place: int | Tensor = 0,
         packing: Packing | None = None,
-    ) -> tuple[Tensor, KeyValue]:
-        """(B, N, W) -> the outputs of the positions from `first_query` on, and the keys and values including `past`.
+    ) -> Tensor:
+        """(B, N, W) -> the outputs of the positions from `first_query` on.
 
-        With `packing`, x is packed, (T, W), and so are the outputs, but for a `first_query` above 0.
+        With a `cache`, x comes at `place` after the positions that it holds, and is added to them. With `packing`, x is
+        packed, (T, W), and so are the outputs, but for a `first_query` above 0.
         """
         projected = self.qkv(x)
         if packing is not None:
             projected = packing.unpack(projected)
         qkv = rearrange(projected, "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         query, key, value = qkv.unbind(0)
-        if past is not None:
-            key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
+        if cache is not None:
+            key, value = cache.extend((key, value), place)
         if mask is not None and mask.shape[-2] > 1:
             mask = mask[..., first_query:, :]
         mixed = rearrange(attend(query[:, :, first_query:], key, value, mask, self.path), "b h n d -> b n (h d)")
         if packing is not None and not first_query:
             mixed = packing.pack(mixed)
-        return self.out(mixed), (key, value)
+        return self.out(mixed)
 
 
 class CrossAttention(nn.Module):
@@ -170,10 +202,16 @@ class CrossAttention(nn.Module):
         return key, value
 
     def forward(self, x: Tensor, context: KeyValue, packing: Packing | None = None) -> Tensor:
-        """(B, N, W) -> (B, N, W); with `packing`, (T, W) -> (T, W)"""
+        """(B * k, N, W) -> the same, for a context of B rows: k rows in turn look at each (beams of a picture).
+
+        With `packing`, (T, W) -> (T, W).
+        """
+        rows = context[0].shape[0]
         query = self.query(x) if packing is None else packing.unpack(self.query(x))
-        query = rearrange(query, "b n (h d) -> b h n d", h=self.num_heads)
-        mixed = rearrange(attend(query, *context, None, self.path), "b h n d -> b n (h d)")
+        length = query.shape[1]
+        query = rearrange(query, "(b k) n (h d) -> b h (k n) d", b=rows, h=self.num_heads)
+        mixed = attend(query, *context, None, self.path)
+        mixed = rearrange(mixed, "b h (k n) d -> (b k) n (h d)", n=length)
         return self.out(mixed if packing is None else packing.pack(mixed))
 
 
@@ -218,7 +256,7 @@ class Block(nn.Module):
         With `packing`, packed (T, W) -> (T, W); with a `first_query` above 0 too, -> (B, N - first_query, W), unpacked.
         """
         cross = self.cross.project(context) if self.cross is not None and context is not None else None
-        return self.step(x, mask, cross, first_query, packing=packing)[0]
+        return self.step(x, mask, cross, first_query, packing=packing)
 
     def step(
         self,
@@ -226,18 +264,19 @@ class Block(nn.Module):
         mask: Tensor | None = None,
         cross: KeyValue | None = None,
         first_query: int = 0,
-        past: KeyValue | None = None,
+        cache: KeyValueCache | None = None,
+        place: int | Tensor = 0,
         packing: Packing | None = None,
-    ) -> tuple[Tensor, KeyValue]:
-        """As `forward`, with projected context and the keys and values of earlier positions; returns these extended."""
-        mixed, kept = self.attention(self.norm_1(x), mask, first_query, past, packing)
+    ) -> Tensor:
+        """As `forward`, with projected context, and a cache of earlier positions that x, at `place`, is added to."""
+        mixed = self.attention(self.norm_1(x), mask, first_query, cache, place, packing)
         if packing is not None and first_query:
             x, packing = packing.unpack(x), None
         x = (x[:, first_query:] if first_query else x) + mixed
         if self.cross is not None:
             assert cross is not None and self.norm_cross is not None
             x = x + self.cross(self.norm_cross(x), cross, packing)
-        return x + self.mlp(self.norm_2(x)), kept
+        return x + self.mlp(self.norm_2(x))
 
     @torch.no_grad()
     def scale_outputs(self, factor: float) -> None:

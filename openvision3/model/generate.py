@@ -8,6 +8,9 @@ from torch import Tensor
 from openvision3.config import OpenVisionError
 from openvision3.model.text import CaptionDecoder
 
+# On a GPU, to ask whether all have ended waits for the device; a few steps too many cost less than waiting at each.
+_STEPS_BETWEEN_QUESTIONS = 8
+
 
 @torch.no_grad()
 def greedy_search(
@@ -17,22 +20,29 @@ def greedy_search(
     eos_id: int,
     max_length: int | None = None,
     grid: tuple[int, int] | None = None,
+    compile: bool = False,
 ) -> Tensor:
     """The most probable next token, again and again, until every caption of the batch has ended.
 
     Image tokens (B, N, W_enc) -> ids (B, L): `[bos] words [eos]`, then padding; at most `max_length` (default and upper
-    limit: the context length) with [bos] and [eos]. `grid`: (rows, columns) of tokens that are not a square.
+    limit: the context length) with [bos] and [eos]. `grid`: (rows, columns) of tokens that are not a square. `compile`:
+    see `CaptionDecoder.compiled_step`.
     """
     pad_id, limit = decoder.config.pad_id, _limit(decoder, max_length)
-    state = decoder.start(tokens, grid)
-    ids = torch.full((tokens.shape[0], 1), bos_id, dtype=torch.long, device=tokens.device)
+    decoder = decoder if compile else decoder.for_steps()
+    state = decoder.start(tokens, grid, limit)
+    step = decoder.compiled_step if compile else decoder.step
+    ids = torch.full((tokens.shape[0], limit), pad_id, dtype=torch.long, device=tokens.device)
+    ids[:, 0] = bos_id
     finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-    while ids.shape[1] < limit and not bool(finished.all()):
-        logits = _allowed(decoder.step(ids[:, -1], state), pad_id, bos_id)
+    for place in range(1, limit):
+        logits = _rule_out(step(ids[:, place - 1], state), pad_id, bos_id)
         following = logits.argmax(dim=-1).masked_fill(finished, pad_id)
-        ids = torch.cat([ids, following[:, None]], dim=1)
+        ids[:, place] = following
         finished |= following == eos_id
-    return ids
+        if _all_ended(finished, place):
+            break
+    return ids[:, : _longest(ids, pad_id)]
 
 
 @torch.no_grad()
@@ -56,15 +66,16 @@ def beam_search(
     pad_id, limit, device = decoder.config.pad_id, _limit(decoder, max_length), tokens.device
     batch = tokens.shape[0]
     rows = torch.arange(batch, device=device)[:, None] * num_beams
-    state = decoder.start(tokens, grid)
-    state.reorder(torch.arange(batch, device=device).repeat_interleave(num_beams))
-    ids = torch.full((batch * num_beams, 1), bos_id, dtype=torch.long, device=device)
+    decoder = decoder.for_steps()
+    state = decoder.start(tokens, grid, limit, num_beams)
+    ids = torch.full((batch * num_beams, limit), pad_id, dtype=torch.long, device=device)
+    ids[:, 0] = bos_id
     finished = torch.zeros(batch, num_beams, dtype=torch.bool, device=device)
     lengths = torch.zeros(batch, num_beams, device=device)
     totals = torch.full((batch, num_beams), -math.inf, device=device)
     totals[:, 0] = 0.0  # all beams are equal at first: go on from one of them
-    while ids.shape[1] < limit and not bool(finished.all()):
-        logits = _allowed(decoder.step(ids[:, -1], state).float(), pad_id, bos_id)
+    for place in range(1, limit):
+        logits = _rule_out(decoder.step(ids[:, place - 1], state).float(), pad_id, bos_id)
         scores = logits.log_softmax(dim=-1).view(batch, num_beams, -1)
         vocab = scores.shape[-1]
         scores = scores.masked_fill(finished[..., None], -math.inf)
@@ -78,10 +89,13 @@ def beam_search(
         lengths = following_lengths.gather(1, parent)
         index = (rows + parent).flatten()
         state.reorder(index)
-        ids = torch.cat([ids[index], word.view(-1, 1)], dim=1)
+        ids[:, :place] = ids[index, :place]
+        ids[:, place] = word.flatten()
         finished = finished.gather(1, parent) | (word == eos_id)
+        if _all_ended(finished, place):
+            break
     winner = (totals / lengths.clamp(min=1) ** length_penalty).argmax(dim=-1)
-    return ids[rows[:, 0] + winner]
+    return ids[rows[:, 0] + winner, : _longest(ids, pad_id)]
 
 
 def _limit(decoder: CaptionDecoder, max_length: int | None) -> int:
@@ -93,8 +107,17 @@ def _limit(decoder: CaptionDecoder, max_length: int | None) -> int:
     return max_length
 
 
-def _allowed(logits: Tensor, pad_id: int, bos_id: int) -> Tensor:
-    """Rules out padding, which stands for a finished caption, and a second [bos]."""
-    logits = logits.clone()
-    logits[:, [pad_id, bos_id]] = -math.inf
+def _rule_out(logits: Tensor, pad_id: int, bos_id: int) -> Tensor:
+    """Rules out padding, which stands for a finished caption, and a second [bos]; in place."""
+    logits[:, pad_id] = -math.inf
+    logits[:, bos_id] = -math.inf
     return logits
+
+
+def _all_ended(finished: Tensor, place: int) -> bool:
+    return (finished.device.type == "cpu" or place % _STEPS_BETWEEN_QUESTIONS == 0) and bool(finished.all())
+
+
+def _longest(ids: Tensor, pad_id: int) -> int:
+    """Columns up to the last that holds more than padding: a search may have gone on when all had ended."""
+    return int((ids != pad_id).any(dim=0).sum())

@@ -12,6 +12,7 @@ from openvision3.model.blocks import (
     EMBEDDING_STD,
     Block,
     KeyValue,
+    KeyValueCache,
     Transformer,
     init_linear,
     init_projection,
@@ -19,6 +20,7 @@ from openvision3.model.blocks import (
 )
 from openvision3.model.encoder import square_grid
 from openvision3.model.packing import Packing
+from openvision3.model.prepacked import PackedLinear, can_pack, packed_copy
 
 _POSITION_STD = 0.01  # learned positions, as CLIP's text tower
 
@@ -89,16 +91,24 @@ class TextEncoder(nn.Module):
 
 @dataclass
 class DecoderState:
-    """What cached decoding keeps: each block's keys and values of the text (and prefix) so far, and of the image."""
+    """What cached decoding keeps: each block's keys and values of the text (after any prefix), and of the image.
 
-    past: list[KeyValue | None]
+    The buffers have room for `capacity` text tokens from the start: a step copies nothing but its own token.
+    """
+
+    past: list[KeyValueCache]
     cross: list[KeyValue | None]
+    prefix: int  # image tokens in front of the text
+    capacity: int
     length: int = 0  # text tokens read
 
     def reorder(self, index: Tensor) -> None:
-        """Selects rows of the batch, with repeats allowed: beams that go on from another beam."""
-        self.past = [None if pair is None else (pair[0][index], pair[1][index]) for pair in self.past]
-        self.cross = [None if pair is None else (pair[0][index], pair[1][index]) for pair in self.cross]
+        """Selects rows of the batch, with repeats allowed: beams that go on from another beam of the same picture.
+
+        What is of the image, the same for all of a picture's beams, stays.
+        """
+        for cache in self.past:
+            cache.reorder(index, self.prefix, self.prefix + self.length)
 
 
 class CaptionDecoder(nn.Module):
@@ -125,6 +135,7 @@ class CaptionDecoder(nn.Module):
         self.embedding = TextEmbedding(config.vocab_size, config.context_length, size.width)
         self.transformer = Transformer(size, path, context_width=image_width if cross else 0)
         self.norm = nn.LayerNorm(size.width, eps=size.norm_eps)
+        self.output: PackedLinear | None = None  # the output matrix of a decoder made `for_steps`
         if self.image_projection is not None:
             init_linear(self.image_projection)
 
@@ -178,25 +189,69 @@ class CaptionDecoder(nn.Module):
             x = self.transformer(x, causal_mask(length, prefix, text.device), first_query=prefix)
         return self.norm(x)
 
-    def start(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> DecoderState:
-        """Reads the image tokens (B, N, W_enc) once; `grid` as in `forward`."""
-        image, blocks = self._image(tokens, grid), self._blocks()
-        if self.image_projection is None:
-            cross: list[KeyValue | None] = [block.cross.project(image) for block in blocks if block.cross is not None]
-            return DecoderState([None] * len(blocks), cross)
-        x = self.image_projection(image).to(self.embedding.tokens.dtype)
-        past: list[KeyValue | None] = []
-        for block in blocks:
-            x, kept = block.step(x)
-            past.append(kept)
-        return DecoderState(past, [None] * len(blocks))
+    def for_steps(self) -> "CaptionDecoder":
+        """What `start` and `step` are faster on: on the CPU a copy with packed weights, for one batch of captions.
+
+        The copy does not follow changes of the weights; it is made anew for each batch, which costs about one step.
+        """
+        if not can_pack(self):
+            return self
+        decoder = packed_copy(self)
+        decoder.output = PackedLinear(self.embedding.tokens)
+        return decoder
+
+    def start(
+        self, tokens: Tensor, grid: tuple[int, int] | None = None, max_length: int | None = None, num_beams: int = 1
+    ) -> DecoderState:
+        """Reads the image tokens (B, N, W_enc) once, for `num_beams` rows a picture; `grid` as in `forward`.
+
+        `max_length`: text tokens that there must be room for (None: the context length).
+        """
+        image, blocks, size = self._image(tokens, grid), self._blocks(), self.config.transformer
+        projected = None if self.image_projection is None else self.image_projection(image)
+        cross = [None if block.cross is None else _contiguous(block.cross.project(image)) for block in blocks]
+        like = projected if cross[0] is None else cross[0][0]  # under autocast keys have its dtype, not the weights'
+        assert like is not None
+        prefix = 0 if projected is None else projected.shape[1]
+        capacity = max_length or self.config.context_length
+        shape = tokens.shape[0] * num_beams, size.num_heads, prefix + capacity, size.width // size.num_heads
+        past = [KeyValueCache(shape, like) for _ in blocks]
+        if projected is not None:
+            x = projected.to(self.embedding.tokens.dtype).repeat_interleave(num_beams, dim=0)
+            for block, cache in zip(blocks, past, strict=True):
+                x = block.step(x, cache=cache)
+        return DecoderState(past, cross, prefix, capacity)
 
     def step(self, ids: Tensor, state: DecoderState) -> Tensor:
         """The next ids (B,) -> logits (B, V) of the token after; extends `state`."""
         x = self.embedding(ids[:, None], start=state.length)
-        for index, block in enumerate(self._blocks()):
-            x, state.past[index] = block.step(x, cross=state.cross[index], past=state.past[index])
+        for block, cache, cross in zip(self._blocks(), state.past, state.cross, strict=True):
+            x = block.step(x, cross=cross, cache=cache, place=state.prefix + state.length)
         state.length += 1
+        x = self.norm(x[:, 0])
+        return F.linear(x, self.embedding.tokens) if self.output is None else self.output(x)
+
+    def compiled_step(self, ids: Tensor, state: DecoderState) -> Tensor:
+        """As `step`, by `torch.compile`, on CUDA as a CUDA graph: for many steps with a batch of one size.
+
+        Each step attends to the whole buffer, its unwritten part masked, so that no shape changes.
+        """
+        if state.length >= state.capacity:
+            raise OpenVisionError(f"text of {state.length + 1} tokens exceeds the room for {state.capacity}")
+        mode = "reduce-overhead" if ids.device.type == "cuda" else None
+        run = torch.compile(self._fixed_step, mode=mode, dynamic=False)
+        place = torch.tensor([state.length], device=ids.device)
+        logits = run(ids, place, state.past, state.cross, state.prefix)
+        state.length += 1
+        return logits.clone() if mode else logits  # a CUDA graph's outputs are overwritten by its next run
+
+    def _fixed_step(
+        self, ids: Tensor, place: Tensor, past: list[KeyValueCache], cross: list[KeyValue | None], prefix: int
+    ) -> Tensor:
+        x = F.embedding(ids[:, None], self.embedding.tokens) + self.embedding.positions[place]
+        mask = torch.arange(past[0].keys.shape[2], device=ids.device)[None] <= prefix + place
+        for block, cache, of_image in zip(self._blocks(), past, cross, strict=True):
+            x = block.step(x, mask, of_image, cache=cache, place=prefix + place)
         return F.linear(self.norm(x), self.embedding.tokens)[:, 0]
 
     def _image(self, tokens: Tensor, grid: tuple[int, int] | None) -> Tensor:
@@ -209,6 +264,11 @@ class CaptionDecoder(nn.Module):
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.transformer.blocks if isinstance(block, Block)]
+
+
+def _contiguous(pair: KeyValue) -> KeyValue:
+    """Read at every step: a matrix product would copy what lies heads apart each time."""
+    return pair[0].contiguous(), pair[1].contiguous()
 
 
 def causal_mask(length: int, prefix: int, device: torch.device) -> Tensor:
