@@ -143,7 +143,7 @@ def test_packed_weights_give_the_same_steps_and_follow_training(image_input, dty
     decoder, tokens = make_decoder(image_input).to(dtype), torch.randn(3, 5, 24, dtype=dtype)
     assert can_pack(decoder)
     ids = torch.randint(4, 12, (3, 8))
-    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
     for _ in range(2):
         with torch.no_grad():
             packed = decoder.for_steps()
