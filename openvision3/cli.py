@@ -51,6 +51,7 @@ COMMANDS: dict[str, Command] = {
     "eval vae": Command("PSNR, SSIM, LPIPS of a frozen VAE alone", "evaluation", "vae"),
     "eval all": Command("all of these", "evaluation", "everything"),
     "convert": Command("a model to a folder, the released layout or ONNX, verified", "convert", "convert"),
+    "bench train": Command("the training step against one composed of public parts", "bench_train", "bench_train"),
     "assets list": Command("weights that are fetched by name, and which are here", "assets", "assets_list"),
     "assets fetch": Command("fetch weights by name", "assets", "assets_fetch"),
 }
