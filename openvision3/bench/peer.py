@@ -6,7 +6,7 @@ Captions are read by CoCa's scheme, but in blocks of this model's shape (self-at
 which open_clip has none: its block, with PyTorch's attention added.
 """
 
-import copy
+import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,7 +22,6 @@ from openvision3.model.blocks import ACTIVATIONS, SelfAttention, sincos_position
 from openvision3.model.encoder import VisionEncoder
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.training.noise import draw_noise
-from openvision3.vae import FrozenVAE
 from openvision3.vae_diffusers import DiffusersVAE
 
 try:
@@ -136,8 +135,9 @@ class Peer(nn.Module):
     def __init__(self, model: OpenVision3, resolution: int, perceptual: Perceptual | None = None) -> None:
         super().__init__()
         check_supported(model.config)
-        config, encoder, text, captions = model.config, model.encoder, model.config.text_encoder, model.config.text_decoder
-        assert isinstance(encoder, VisionEncoder) and text is not None and captions is not None and config.decoder
+        config = model.config
+        text, captions = config.text_encoder, config.text_decoder
+        assert text is not None and captions is not None and config.decoder is not None and model.vae is not None
         self.config, side = config, resolution // config.downsampling
         size, words = config.encoder, text.transformer
         self.vision = VisionTransformer(
@@ -173,25 +173,26 @@ class Peer(nn.Module):
         self.captioner = PeerCaptioner(captions, size.width)
         self.logit_scale = nn.Parameter(torch.zeros(()))
         self.clip_loss = ClipLoss()
-        assert model.vae is not None
-        self.vae = copy.deepcopy(model.vae)
+        self.vae: Any = model.vae  # the embedded one, of which diffusers has no other
+        if isinstance(model.vae, DiffusersVAE):
+            self.vae = load_autoencoder(config.vae.source)
         self.lpips = None if perceptual is None else perceptual.network
         self.to(model.device, model.logit_scale.dtype)
         copy_weights(model, self, (side, side))
 
     def encode_pixels(self, images: Tensor) -> Tensor:
         """Images to scaled latents, by diffusers' own call (or the embedded autoencoder's)."""
-        if not isinstance(self.vae, DiffusersVAE):
+        if self.config.vae.kind == "tiny":
             return self.vae.encode(images)
         vae = self.config.vae
-        return (self.vae.autoencoder.encode(images).latent_dist.mode() - vae.latent_shift) * vae.latent_scale
+        return (self.vae.encode(images).latent_dist.mode() - vae.latent_shift) * vae.latent_scale
 
     def decode_pixels(self, latents: Tensor) -> Tensor:
         """Scaled latents to images."""
-        if not isinstance(self.vae, DiffusersVAE):
+        if self.config.vae.kind == "tiny":
             return self.vae.decode(latents)
         vae = self.config.vae
-        return self.vae.autoencoder.decode(latents / vae.latent_scale + vae.latent_shift).sample
+        return self.vae.decode(latents / vae.latent_scale + vae.latent_shift).sample
 
     def losses(self, batch: Batch, seed: int, pixel_stride: int) -> dict[str, Tensor]:
         """The parts of Eq. 6, to be called under autocast. `batch` is on the device."""
@@ -233,9 +234,18 @@ class Peer(nn.Module):
         for blocks in (*stacks, self.text.transformer.resblocks, self.captioner.blocks):
             for block in blocks:
                 block.compile()
-        autoencoder: Any = self.vae.autoencoder if isinstance(self.vae, DiffusersVAE) else self.vae
-        autoencoder.encoder.compile()
-        autoencoder.decoder.compile()
+        self.vae.encoder.compile()
+        self.vae.decoder.compile()
+
+
+def load_autoencoder(source: str) -> Any:
+    """diffusers' AutoencoderKL as its documentation loads it, frozen; raises `OpenVisionError` where it can't be."""
+    diffusers: Any = importlib.import_module("diffusers")
+    try:
+        return diffusers.AutoencoderKL.from_pretrained(source).requires_grad_(False).eval()
+    except (OSError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise OpenVisionError(f"{source} does not load as diffusers' AutoencoderKL: {reason}") from None
 
 
 def check_supported(config: ModelConfig) -> None:

@@ -44,7 +44,7 @@ class Worker:
             self.process.join(10)
             code = self.process.exitcode
             raise OpenVisionError(
-                f"{self.name}: its process died with exit code {code}; where memory ran out, a smaller --batch-size helps"
+                f"{self.name}: its process died with exit code {code}; a smaller --batch-size needs less memory"
             ) from None
         if kind == "error":
             raise OpenVisionError(f"{self.name}: {answer}")

@@ -1,5 +1,6 @@
 """`ov3 bench train`: the training step against the same composed from public parts."""
 
+import json
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -84,8 +85,6 @@ def say(line: str) -> None:
 
 def chosen_recipe(options: BenchTrain) -> TrainConfig:
     """The recipe with its changed fields; raises `OpenVisionError` for names or values that are not right."""
-    import yaml
-
     from openvision3.recipes import RECIPES
 
     if options.recipe not in RECIPES:
@@ -101,7 +100,10 @@ def chosen_recipe(options: BenchTrain) -> TrainConfig:
             place = place.get(part) if isinstance(place, dict) else None
         if not equals or not isinstance(place, dict):
             raise OpenVisionError(f"--set {change}: expected FIELD=VALUE, such as compile=false")
-        place[path[-1]] = yaml.safe_load(value)
+        try:
+            place[path[-1]] = json.loads(value)
+        except ValueError:
+            place[path[-1]] = value  # a word
     return from_dict(TrainConfig, fields, "recipe")
 
 
