@@ -9,9 +9,9 @@ encoder is S, pictures have 128 px, texts 32 tokens, and a batch 16 samples; rec
 4 blocks of S's width at every point, the VAE is the embedded one, and all pictures are decoded. A point is timed in
 turns with the reference in a process of its own, and compared with it round by round. With one thread, the default,
 times are the processor's, so that other work on the machine counts little; with several, the clock's. Floating-point
-operations are `training_flops`: matrix products and convolutions, forward and backward. Norms, softmax, activations and the optimizer
-are in the time and in no count. Peak memory is what one step takes at most above what is held before it, as growth
-of the resident size (Linux).
+operations are `training_flops`: matrix products and convolutions, forward and backward. Norms, softmax,
+activations and the optimizer are in the time and in no count. Memory is what one step takes at most above what is held
+before it, as growth of the resident size (Linux).
 """
 
 import argparse

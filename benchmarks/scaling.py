@@ -1,6 +1,7 @@
 """Prints what the recipes cost on many devices, as Markdown: the tables of docs/SCALING.md.
 
     python benchmarks/scaling.py
+    python benchmarks/scaling.py --write docs/SCALING.md       # into the document, below the tables' names
     python benchmarks/scaling.py --hardware.matrix-efficiency 0.5 --hardware.network 25e9
 
 Floating-point operations and bytes are counted on shapes alone, with FLUX.1's VAE; the device's rates are options, and
@@ -10,6 +11,8 @@ its efficiencies assumptions: no GPU was at hand. The arithmetic is `openvision3
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from itertools import dropwhile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +41,7 @@ class Options:
 
     hardware: Hardware = field(default_factory=lambda: H100)
     decode_batch: int = 16  # pictures that the VAE's decoder keeps activations of at once; 0: all
+    write: Path | None = None  # document whose tables, each below its `<!-- name -->`, are replaced
 
 
 class Operations(TorchDispatchMode):
@@ -374,8 +378,23 @@ TABLES = {
 def main() -> None:
     """Prints all tables."""
     options = tyro.cli(Options, description=__doc__)
-    for name, draw in TABLES.items():
-        print(f"<!-- {name} -->\n{draw(options)}\n", flush=True)
+    found = {name: draw(options) for name, draw in TABLES.items()}
+    if options.write is None:
+        print("\n\n".join(f"<!-- {name} -->\n{text}" for name, text in found.items()))
+    else:
+        options.write.write_text(with_tables(options.write.read_text(), found))
+
+
+def with_tables(document: str, tables: dict[str, str]) -> str:
+    """The document with each table below its name in place of the lines of the one that is there."""
+    for name, text in tables.items():
+        mark = f"<!-- {name} -->\n"
+        before, found, after = document.partition(mark)
+        if found:
+            lines = after.split("\n")
+            rest = list(dropwhile(lambda line: line.startswith("|"), lines))
+            document = before + mark + "\n".join([*text.split("\n"), *rest])
+    return document
 
 
 if __name__ == "__main__":
