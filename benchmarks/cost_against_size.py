@@ -203,8 +203,8 @@ def plot(results: list[Found], path: Path) -> None:
         one = Spread(1.0, 1.0, 1.0, (1.0,))
         points = sorted([*points, (1.0, one, one, "reference")], key=lambda entry: entry[0])
         x = [entry[0] for entry in points]
-        for drawn, column in ((above, 1), (below, 2)):
-            spreads = [entry[column] for entry in points]
+        times, per_flop = [time for _, time, _, _ in points], [per for _, _, per, _ in points]
+        for drawn, spreads in ((above, times), (below, per_flop)):
             middle = [spread.median for spread in spreads]
             errors = [
                 [m - spread.low for m, spread in zip(middle, spreads, strict=True)],
