@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from openvision3.config import OpenVisionError, TransformerConfig
+from openvision3.model import blocks
 from openvision3.model.blocks import SIZES, Block, Transformer, attend, resize_positions, sincos_positions
 from openvision3.model.text import causal_mask
 
@@ -58,6 +59,26 @@ def test_attention_paths_agree_in_value_and_gradient(masked):
         outcomes.append((out, *grads))
     for ours, fused in zip(*outcomes, strict=True):
         torch.testing.assert_close(ours, fused, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("masked", ["no", "rows", "all", "causal"])
+def test_blocks_of_scores_change_nothing(masked, monkeypatch):
+    torch.manual_seed(0)
+    mask = torch.rand(1 if masked == "all" else 5, 1, 6, 7) < 0.7
+    mask[..., 0] = True
+    if masked == "causal":
+        mask = torch.ones(6, 7, dtype=torch.bool).tril()
+    inputs = [torch.randn(5, 3, n, 8, requires_grad=True) for n in (6, 7, 7)]
+    outcomes = []
+    for size in (2**20, 2 * 3 * 6 * 7, 1):  # the whole batch, two rows at a time, one
+        monkeypatch.setattr(blocks, "_CPU_SCORES", size)
+        query, key, value = inputs
+        out = attend(query, key, value, None if masked == "no" else mask, "matmul")
+        outcomes.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    assert len({type(out.grad_fn) for out, *_ in outcomes}) == 2  # a product; a concatenation
+    for whole, *parts in zip(*outcomes, strict=True):
+        for part in parts:
+            torch.testing.assert_close(part, whole, atol=1e-6, rtol=1e-6)
 
 
 def test_masked_positions_have_no_weight():

@@ -29,7 +29,12 @@ SIZES: dict[str, TransformerConfig] = {
 
 EMBEDDING_STD = 0.02
 
-_MATMUL_MAX_KEYS = 1024  # above, the score matrix costs more memory than the matmul path saves time
+# A picture of 512 px and what is beside its 1,024 tokens; above, scores cost more memory than the matmul path saves time.
+_MATMUL_MAX_KEYS = 1088
+
+# Elements of a block of scores that training on a CPU keeps in its cache: the whole matrix of a batch would go out to
+# memory and back between scores, softmax and mixing.
+_CPU_SCORES = 2**20
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values of one attention layer, each (B, heads, N, head width)."""
@@ -130,10 +135,21 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, path:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     # Softmax keeps the inputs' dtype (it accumulates in fp32 inside): autocast would copy the scores to fp32 and back.
     with torch.autocast(query.device.type, enabled=False):
-        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
-        return scores.softmax(dim=-1) @ value
+        rows = max(1, _CPU_SCORES // (query.shape[1] * query.shape[2] * key.shape[2]))
+        # not without gradients: exports fix no batch size, and a dry run's tensors have no cache
+        if query.device.type != "cpu" or not query.requires_grad or type(query) is not Tensor or rows >= len(query):
+            return _mix(query, key, value, mask)
+        shared = mask is None or mask.ndim < 4 or len(mask) == 1
+        masks = [mask] * len(query) if shared else mask.split(rows)
+        parts = zip(query.split(rows), key.split(rows), value.split(rows), masks, strict=False)
+        return torch.cat([_mix(*part) for part in parts])
+
+
+def _mix(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(dim=-1) @ value
 
 
 class SelfAttention(nn.Module):
