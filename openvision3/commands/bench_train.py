@@ -5,7 +5,9 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
 
 from openvision3.commands import common
 from openvision3.config import OpenVisionError, TrainConfig, from_dict, to_dict
@@ -33,7 +35,11 @@ class BenchTrain:
     overwrite: bool = False  # replace it where it exists
 
 
-def bench_train(options: BenchTrain = BenchTrain(), /) -> int:
+DEFAULTS = BenchTrain()
+Options = Annotated[BenchTrain, tyro.conf.arg(name=""), tyro.conf.FlagCreatePairsOff]
+
+
+def bench_train(options: Options = DEFAULTS) -> int:
     """The training step against the same composed of diffusers, open_clip and lpips: time, memory, FLOP/s.
 
     Every side has its own process; they take turns, and their losses and gradients must agree. Needs openvision3[eval].
