@@ -1,5 +1,6 @@
 """The peer of `ov3 bench train` computes what the model does; sides that disagree get no ratio; the command runs."""
 
+import importlib
 import json
 import sys
 from dataclasses import replace
@@ -50,8 +51,7 @@ WORDS = TransformerConfig(24, 2, 2, activation="gelu_tanh")
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """Towers of different widths, and a small autoencoder of diffusers that scales and shifts."""
-    import diffusers
-
+    diffusers: Any = importlib.import_module("diffusers")
     folder = tmp_path_factory.mktemp("vae")
     torch.manual_seed(0)
     kinds: dict[str, Any] = {
