@@ -19,10 +19,15 @@ from openvision3.bench.train_step import (
     step_flops,
     with_speed_options,
 )
-from openvision3.bench.workers import Side, Worker
+from openvision3.bench.workers import Worker
 from openvision3.config import OpenVisionError
 
 Say = Callable[[str], object]
+
+
+def start_worker(case: Case, kind: SideKind) -> Worker:
+    """A side's process."""
+    return Worker(kind.name, TrainingSide, case, kind)
 
 
 @dataclass
@@ -100,7 +105,7 @@ def compare(
     rounds: int,
     peers: tuple[SideKind, ...] = (PEER, PEER_COMPILED),
     say: Say = print,
-    build: Callable[[Case, SideKind], Side] = TrainingSide,
+    start: Callable[[Case, SideKind], Worker] = start_worker,
 ) -> Comparison:
     """Measures all sides, two at a time. The faster of `peers` is the peer of all ratios.
 
@@ -115,7 +120,7 @@ def compare(
     found.best_peer = peers[0]
     if len(peers) > 1:
         try:
-            time_pair(found, peers[0], peers[1], rounds, say, build)
+            time_pair(found, peers[0], peers[1], rounds, say, start)
         except RuntimeError as error:  # of the compiler; a side that disagrees is an `OpenVisionError`
             found.notes.append(f"{peers[1].name}: fails as it is: {str(error).strip().splitlines()[-1]}")
             say(found.notes[-1])
@@ -124,7 +129,7 @@ def compare(
             found.best_peer = peers[1] if ratio > 1 else peers[0]
     peer, fast_peer = found.best_peer, with_speed_options(found.best_peer)
     for slower, faster in ((peer, OURS), (peer, OURS_FAST), (peer, fast_peer), (fast_peer, OURS_FAST)):
-        time_pair(found, slower, faster, rounds, say, build)
+        time_pair(found, slower, faster, rounds, say, start)
     return found
 
 
@@ -134,11 +139,11 @@ def time_pair(
     second: SideKind,
     rounds: int,
     say: Say,
-    build: Callable[[Case, SideKind], Side] = TrainingSide,
+    start: Callable[[Case, SideKind], Worker] = start_worker,
 ) -> None:
     """Steps of two sides in turns: one to warm up and compare the losses, and `rounds` that count."""
     case, pair = found.case, (first, second)
-    with Worker(first.name, build, case, first) as a, Worker(second.name, build, case, second) as b:
+    with start(case, first) as a, start(case, second) as b:
         for kind, worker in zip(pair, (a, b), strict=True):
             turn = worker.turn()
             side = found.sides.setdefault(kind.name, Figures(kind))

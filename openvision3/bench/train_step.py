@@ -120,8 +120,7 @@ def make_case(
 
 def save_random_vae(folder: Path, seed: int) -> None:
     """An autoencoder of FLUX.1's architecture with random weights, as diffusers saves it (336 MB)."""
-    import diffusers
-
+    diffusers: Any = importlib.import_module("diffusers")
     torch.manual_seed(seed)
     diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,

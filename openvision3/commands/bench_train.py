@@ -35,7 +35,11 @@ class BenchTrain:
     overwrite: bool = False  # replace it where it exists
 
 
-def bench_train(options: Annotated[BenchTrain, tyro.conf.arg(name="")] = BenchTrain()) -> int:
+DEFAULTS = BenchTrain()
+Options = Annotated[BenchTrain, tyro.conf.arg(name=""), tyro.conf.FlagCreatePairsOff]
+
+
+def bench_train(options: Options = DEFAULTS) -> int:
     """The training step against the same composed of diffusers, open_clip and lpips: time, memory, FLOP/s.
 
     Every side has its own process; they take turns, and their losses and gradients must agree. Needs openvision3[eval].
