@@ -11,7 +11,7 @@ turns with the reference in a process of its own, and compared with it round by 
 times are the processor's, so that other work on the machine counts little; with several, the clock's. Floating-point
 operations are `training_flops`: matrix products and convolutions, forward and backward. Norms, softmax,
 activations and the optimizer are in the time and in no count. Memory is what one step takes at most above what is held
-before it, as growth of the resident size (Linux).
+before it, as growth of the resident size (Linux): too little for points below the reference, whose memory they reuse.
 """
 
 import argparse

@@ -8,7 +8,6 @@ Floating-point operations and bytes are counted on shapes alone, with FLUX.1's V
 its efficiencies assumptions: no GPU was at hand. The arithmetic is `openvision3/bench/scaling.py`.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from itertools import dropwhile
@@ -159,9 +158,8 @@ def forward_operations(model: OpenVision3, resolution: int) -> int:
     """Operations of a forward pass through all trained parts."""
     text, caption = model.config.text_encoder, model.config.text_decoder
     assert text is not None and caption is not None
-    side = resolution // 8
     with torch.device("meta"), torch.no_grad(), Operations() as counted:
-        tokens = model.encode_latents(torch.empty(2, 16, side, side))
+        tokens = model.encode_latents(torch.empty(2, 16, resolution // 8, resolution // 8))
         model.pool(tokens)
         model.decode_latents(tokens)
         model.embed_text_ids(torch.zeros(4, text.context_length, dtype=torch.long))
@@ -207,7 +205,7 @@ def ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3g}"
 
 
-def several(values: Iterator[str] | list[str]) -> str:
+def several(values: list[str]) -> str:
     return " / ".join(values)
 
 

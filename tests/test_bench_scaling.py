@@ -1,4 +1,4 @@
-"""The arithmetic of cost on many devices, by hand; and that the documents have what the command prints."""
+"""The arithmetic of cost on many devices, by hand."""
 
 from dataclasses import replace
 

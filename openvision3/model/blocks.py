@@ -29,7 +29,7 @@ SIZES: dict[str, TransformerConfig] = {
 
 EMBEDDING_STD = 0.02
 
-# A picture of 512 px and what is beside its 1,024 tokens; above, scores cost more memory than the matmul path saves time.
+# A picture of 512 px and what is beside its 1,024 tokens; above, scores cost more memory than matmul saves time.
 _MATMUL_MAX_KEYS = 1088
 
 # Elements of a block of scores that training on a CPU keeps in its cache: the whole matrix of a batch would go out to
@@ -139,8 +139,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, path:
         # not without gradients: exports fix no batch size, and a dry run's tensors have no cache
         if query.device.type != "cpu" or not query.requires_grad or type(query) is not Tensor or rows >= len(query):
             return _mix(query, key, value, mask)
-        shared = mask is None or mask.ndim < 4 or len(mask) == 1
-        masks = [mask] * len(query) if shared else mask.split(rows)
+        by_sample = mask is not None and mask.ndim == 4 and len(mask) > 1
+        masks = mask.split(rows) if mask is not None and by_sample else [mask] * len(query)
         parts = zip(query.split(rows), key.split(rows), value.split(rows), masks, strict=False)
         return torch.cat([_mix(*part) for part in parts])
 
