@@ -126,9 +126,7 @@ def test_a_sub_batch_and_cached_latents_cost_less(recipe: TrainConfig) -> None:
     whole, fast = step_flops(case, False), step_flops(case, True)
     assert fast["vae_encoder"] == 0 and fast["encoder"] == whole["encoder"]
     assert fast["vae_decoder"] * 4 == whole["vae_decoder"] and fast["lpips"] * 4 == whole["lpips"]
-    vae = build_model(case.config, torch.device("cpu")).vae
-    assert vae is not None
-    cached = with_latents(make_batch(case), vae, torch.device("cpu"), 4)
+    cached = with_latents(case)
     assert len(cached.images) == 1 and cached.latents is not None and cached.latents.shape == (4, 16, 6, 6)
 
 
@@ -157,6 +155,7 @@ def test_sides_that_disagree_get_no_ratio(recipe: TrainConfig) -> None:
     with pytest.raises(OpenVisionError, match=r"disagree: caption is 2 and 2\.1, .* there is no ratio"):
         time_pair(other, PEER, OURS, 2, said.append, Fixed)  # type: ignore[arg-type]
     assert not other.ratios
+    assert all(len(limit.values) == 2 for limit in agreed.limits.values())  # in each round
     agreed.sides[OURS.name].losses["grad_norm"] = float("nan")
     with pytest.raises(OpenVisionError, match="grad_norm"):
         check_agreement(agreed.sides["peer"], agreed.sides[OURS.name], "bf16")

@@ -64,6 +64,22 @@ class Comparison:
     flops: dict[bool, dict[str, float]] = field(default_factory=dict)  # of a step by part; with speed options or not
     limits: dict[str, Spread] = field(default_factory=dict)  # FLOP/s
 
+    def measure_limits(self) -> None:
+        """Measures the limits once more: between turns, as a shared machine changes."""
+        dtype = torch.bfloat16 if self.case.precision == "bf16" else torch.float32
+        for name, spread in limits(torch.device(self.case.device), dtype, rounds=1).items():
+            before = self.limits[name].values if name in self.limits else ()
+            self.limits[name] = Spread.of([*before, *spread.values])
+
+    def flops_per_second(self, name: str) -> float:
+        """Of a side's step, by its median time."""
+        side = self.sides[name]
+        return sum(self.flops[side.kind.fast].values()) / Spread.of(side.seconds).median
+
+    def of_limits(self, name: str) -> dict[str, float]:
+        """A side's FLOP/s as a share of each limit."""
+        return {limit: self.flops_per_second(name) / spread.median for limit, spread in self.limits.items()}
+
     def to_json(self) -> dict[str, Any]:
         """All figures, as JSON can hold them."""
         rows = {}
@@ -73,7 +89,8 @@ class Comparison:
                 "seconds": seconds.values,
                 "seconds_median": seconds.median,
                 "samples_per_second": self.case.batch_size / seconds.median,
-                "flops_per_second": sum(self.flops[side.kind.fast].values()) / seconds.median,
+                "flops_per_second": self.flops_per_second(name),
+                "of_limits": self.of_limits(name),
                 "peak_bytes": side.peak,
                 "static_bytes": side.static,
                 "activation_bytes": side.activations,
@@ -113,9 +130,6 @@ def compare(
     fails is left out, with a note.
     """
     found = Comparison(case)
-    device = torch.device(case.device)
-    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
-    found.limits = limits(device, dtype, rounds)
     found.flops = {fast: step_flops(case, fast) for fast in (False, True)}
     found.best_peer = peers[0]
     if len(peers) > 1:
@@ -130,6 +144,8 @@ def compare(
     peer, fast_peer = found.best_peer, with_speed_options(found.best_peer)
     for slower, faster in ((peer, OURS), (peer, OURS_FAST), (peer, fast_peer), (fast_peer, OURS_FAST)):
         time_pair(found, slower, faster, rounds, say, start)
+    if any(share > 1 for name in found.sides for share in found.of_limits(name).values()):
+        found.notes.append("a share of a limit is above 100 %: the machine was busier when the limits were measured")
     return found
 
 
@@ -157,6 +173,7 @@ def time_pair(
                 turn = worker.turn()
                 found.sides[kind.name].add(turn)
                 seconds[index].append(turn["seconds"])
+            found.measure_limits()
             times = ", ".join(f"{kind.name} {taken[-1]:.3g} s" for kind, taken in zip(pair, seconds, strict=True))
             say(f"{case.resolution} px, round {number} of {rounds}: {times}")
     found.ratios[first.name, second.name] = Spread.of([x / y for x, y in zip(*seconds, strict=True)])

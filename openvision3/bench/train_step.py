@@ -30,7 +30,7 @@ from openvision3.training.parallel import compile_blocks
 from openvision3.training.precision import autocast, resolve_device, synchronize
 from openvision3.training.setup import build_model, build_objective
 from openvision3.training.stages import Stage
-from openvision3.vae import FrozenVAE, load_vae
+from openvision3.vae import load_vae
 
 Texts = Literal["recap", "full"]
 COMPARED = ("pixel_l1", "latent_l1", "lpips", "contrastive", "caption", "total", "grad_norm")
@@ -161,12 +161,16 @@ def make_batch(case: Case) -> Batch:
     return Batch(list(range(size)), names, images, contrastive("alt"), contrastive("sentence"), caption_ids, names)
 
 
-@torch.no_grad()
-def with_latents(batch: Batch, vae: FrozenVAE, device: torch.device, pixel_stride: int) -> Batch:
-    """The batch as a cache of latents gives it: bf16 latents, and the pictures that are compared."""
-    pictures = (batch.images.float() / 127.5 - 1).split(1)
-    latents = torch.cat([vae.encode(picture.to(device)).bfloat16().cpu() for picture in pictures])
-    return replace(batch, images=batch.images[::pixel_stride], latents=latents)
+def with_latents(case: Case) -> Batch:
+    """The case's batch as a cache of latents gives it: bf16 latents, and the pictures that are compared.
+
+    The latents are noise: making them here would leave its memory in a side's process.
+    """
+    batch, vae = make_batch(case), case.config.model.vae
+    generator = torch.Generator().manual_seed(case.config.seed)
+    side = case.resolution // vae.factor
+    latents = torch.randn(case.batch_size, vae.channels, side, side, generator=generator).bfloat16()
+    return replace(batch, images=batch.images[:: case.pixel_stride], latents=latents)
 
 
 def step_flops(case: Case, fast: bool) -> dict[str, float]:
@@ -215,10 +219,7 @@ class TrainingSide:
         importlib.import_module("openvision3.bench.peer" if kind.peer else "diffusers")
         self.at_rest = held_bytes(self.device)
         model = build_model(case.config, self.device)
-        batch = make_batch(case)
-        if kind.fast:
-            assert model.vae is not None
-            batch = with_latents(batch, model.vae, self.device, case.pixel_stride)
+        batch = with_latents(case) if kind.fast else make_batch(case)
         self.step, self.trained, frozen = (peer_step if kind.peer else our_step)(case, kind, model, batch)
         parameters = sum(parameter.nbytes for parameter in self.trained)
         self.static = {  # AdamW keeps two moments

@@ -120,8 +120,8 @@ def print_comparison(found: "Comparison") -> None:
     case, figures = found.case, found.to_json()
     rows: list[list[str]] = []
     for name, side in found.sides.items():
-        seconds, rate = Spread.of(side.seconds), figures["sides"][name]["flops_per_second"]
-        of_limits = " ".join(f"{rate / limit.median:.0%}" for limit in found.limits.values())
+        seconds, rate = Spread.of(side.seconds), found.flops_per_second(name)
+        of_limits = " ".join(f"{share:.0%}" for share in found.of_limits(name).values())
         against = found.ratios.get((found.best_peer.name, name))
         rows.append([
             name,
@@ -147,6 +147,8 @@ def print_comparison(found: "Comparison") -> None:
           f"{sum(found.flops[True].values()) / 1e9:.0f}")
     for (slower, faster), ratio in found.ratios.items():
         print(f"{slower} takes {ratio} times as long as {faster}")
+    for note in found.notes:
+        print(f"note: {note}")
     print(f"the peer of the ratios: {found.best_peer.name}; seed {case.config.seed}")
 
 
