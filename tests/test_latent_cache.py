@@ -321,6 +321,7 @@ def test_fast_decoding_is_the_cache_s_and_the_stream_s(tmp_path: Path, vae: VAEC
     source = TarSource(tar, shuffle=False)
     (fast,), (exact,) = (list(stream(source, cached, 0, 6, fast_decode=fast)) for fast in (True, False))
     assert not torch.equal(fast.images, exact.images)
+    assert fast.latents is not None
     with torch.no_grad():
         close(fast.latents, load_vae(vae).encode(from_uint8(fast.images)))
     with pytest.raises(OpenVisionError, match="fast_decode True, not False"):

@@ -354,7 +354,8 @@ def test_fast_crops_of_other_files() -> None:
         file = landscape_file(mode=mode)
         full, fast = (decode_crops(file, "x", 32, lambda w, h: [(0, 0, h, h)], fast)[0] for fast in (False, True))
         assert 0 < ((fast.astype(float) - full) ** 2).mean() < 1.5
-    for how in ({"format": "PNG"}, {"format": "WEBP"}, {"format": "PNG", "mode": "RGBA"}):
+    others: list[dict[str, Any]] = [{"format": "PNG"}, {"format": "WEBP"}, {"format": "PNG", "mode": "RGBA"}]
+    for how in others:
         file = landscape_file(**how)
         full, fast = (decode_crops(file, "x", 32, lambda w, h: [(0, 0, h, h)], fast)[0] for fast in (False, True))
         assert np.array_equal(full, fast)

@@ -6,7 +6,7 @@ normal, 0.02.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -139,8 +139,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, path:
         # not without gradients: exports fix no batch size, and a dry run's tensors have no cache
         if query.device.type != "cpu" or not query.requires_grad or type(query) is not Tensor or rows >= len(query):
             return _mix(query, key, value, mask)
-        by_sample = mask is not None and mask.ndim == 4 and len(mask) > 1
-        masks = mask.split(rows) if mask is not None and by_sample else [mask] * len(query)
+        masks: Sequence[Tensor | None] = [mask] * len(query)  # one for all samples
+        if mask is not None and mask.ndim == 4 and len(mask) > 1:
+            masks = mask.split(rows)
         parts = zip(query.split(rows), key.split(rows), value.split(rows), masks, strict=False)
         return torch.cat([_mix(*part) for part in parts])
 
