@@ -1,0 +1,1 @@
+"""Generation on unified tokens: flow matching with a wide-headed diffusion transformer (RAE, arXiv 2510.11690)."""
