@@ -51,6 +51,9 @@ COMMANDS: dict[str, Command] = {
     "eval vae": Command("PSNR, SSIM, LPIPS of a frozen VAE alone", "evaluation", "vae"),
     "eval front": Command("a fast front against the VAE encoder it stands for", "front", "front"),
     "eval all": Command("all of these", "evaluation", "everything"),
+    "generate stats": Command("exact statistics of a data set's tokens", "generate", "stats"),
+    "generate train": Command("train a generator: ov3 generate train RECIPE", "generate", "train", takes_args=True),
+    "generate sample": Command("pictures from a prompt or a class", "generate_sample", "sample"),
     "bench data": Command(
         "how fast training samples come, and how many cores feed a device", "bench_data", "bench_data"
     ),

@@ -58,7 +58,7 @@ def results(folder: Path, case: Case, world: World = ALONE) -> dict[str, Tensor]
         compile_blocks(model)
     engine = build_engine(model, case.kind, world, DEVICE)
     config: Any = OptimizerConfig(kind=case.optimizer, weight_decay=0.1)  # type: ignore[arg-type]
-    optimizer, average = build_optimizer(model, config), Average(model, 0.5, ())
+    optimizer, average = build_optimizer(model, config), Average(dict(model.named_parameters()), 0.5)
     set_learning_rate(optimizer, 1e-3)
     metric: Any = LargestDifference()
     loss: Any = LossConfig(alpha=0.7, pixel_stride=3, contrastive=case.loss)  # type: ignore[arg-type]

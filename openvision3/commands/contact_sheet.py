@@ -1,5 +1,6 @@
 """A contact sheet: found pictures in rows, each with its rank, score and name."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,19 @@ def contact_sheet(title: str, like: Path | None, found: Sequence[tuple[Path, flo
         _place(sheet, path, (x, y, SIDE))
         draw.text((x, y + SIDE + 3), f"{i + 1}   {score:.3f}", fill=_INK, font=small)
         draw.text((x, y + SIDE + LINE), _fitted(path.name, SIDE, small), fill=_GREY, font=small)
+    return sheet
+
+
+def labelled_sheet(pictures: Sequence[tuple[Path, str]]) -> Image.Image:
+    """Draws (path, label) pairs in rows, as near to a square as they go, each with its label under it."""
+    columns = max(1, min(8, math.ceil(math.sqrt(len(pictures)))))
+    rows, cell = -(-len(pictures) // columns), SIDE + LINE + GAP
+    sheet = Image.new("RGB", (GAP + columns * (SIDE + GAP), GAP + rows * cell), "white")
+    draw, small = ImageDraw.Draw(sheet), _font(14)
+    for i, (path, label) in enumerate(pictures):
+        x, y = GAP + i % columns * (SIDE + GAP), GAP + i // columns * cell
+        _place(sheet, path, (x, y, SIDE))
+        draw.text((x, y + SIDE + 3), _fitted(label, SIDE, small), fill=_INK, font=small)
     return sheet
 
 

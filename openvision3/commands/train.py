@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from openvision3.model.openvision3 import OpenVision3
     from openvision3.training.loop import Evaluate
 
-Config = TypeVar("Config", bound=RunConfig)
+Config = TypeVar("Config")
 _INIT = re.compile(r"^--init[-_]from(?=$|=)")  # another name of --init
 
 
@@ -43,9 +43,7 @@ def train(args: list[str]) -> int:
         print(recipe_list())
         return 0 if args else 2
     if args[0] not in RECIPES:
-        near = difflib.get_close_matches(args[0], RECIPES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(RECIPES)}"
-        raise OpenVisionError(f"there is no recipe {args[0]!r}; {hint}")
+        raise OpenVisionError(misspelt_recipe(args[0], list(RECIPES)))
     recipe, prog = RECIPES[args[0]](), f"ov3 train {args[0]}"
     run = resolve(recipe, args[1:], prog)
     if isinstance(run.config, TrainConfig) and isinstance(recipe, TrainConfig) and run.config.attach:
@@ -54,6 +52,13 @@ def train(args: list[str]) -> int:
         chosen = {name: getattr(run.config, name) for name in SETTLES}
         run = resolve(attached(dataclasses.replace(recipe, **chosen)), args[1:], prog)  # the other fields go on top
     return run_train(run.config, run.device, run.dry_run)
+
+
+def misspelt_recipe(name: str, recipes: Sequence[str]) -> str:
+    """One line about a recipe that there is not, with the nearest."""
+    near = difflib.get_close_matches(name, recipes, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(recipes)}"
+    return f"there is no recipe {name!r}; {hint}"
 
 
 def run_train(config: RunConfig, device: str = "auto", dry_run: bool = False) -> int:

@@ -50,6 +50,14 @@ class Condition:
         """The same on a device."""
         return Condition(**{name: value.to(device, non_blocking=True) for name, value in self._tensors().items()})
 
+    def nulled(self, where: Tensor) -> "Condition":
+        """The same, null in the samples where `where` (B,) is true."""
+        return Condition(**self._tensors() | {"null": self.is_null | where})
+
+    def repeated(self, times: int) -> "Condition":
+        """Each sample `times` times in a row."""
+        return Condition(**{name: value.repeat_interleave(times, dim=0) for name, value in self._tensors().items()})
+
     def as_null(self) -> "Condition":
         """The null condition of as many samples, with tensors of the same shapes."""
         return Condition(**self._tensors() | {"null": torch.ones_like(self.is_null)})

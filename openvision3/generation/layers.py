@@ -97,6 +97,10 @@ class SwiGLU(nn.Module):
         gate, value = self.w12(x).chunk(2, dim=-1)
         return self.w3(F.silu(gate) * value)
 
+    def stacked_matrices(self) -> list[tuple[Tensor, int]]:
+        """For Muon: each weight, and how many maps it stacks."""
+        return [(self.w12.weight, 2), (self.w3.weight, 1)]
+
 
 class Attention(nn.Module):
     """Multi-head self-attention with RoPE and, with `qk_norm`, an RMSNorm of each head's queries and keys."""
@@ -122,6 +126,10 @@ class Attention(nn.Module):
         query, key = rearrange(pair, "b n two h d -> two b h n d")
         mixed = attend(query, key, rearrange(value, "b n h d -> b h n d"), mask, self.path)
         return self.out(rearrange(mixed, "b h n d -> b n (h d)"))
+
+    def stacked_matrices(self) -> list[tuple[Tensor, int]]:
+        """For Muon: each weight, and how many maps it stacks."""
+        return [(self.qkv.weight, 3), (self.out.weight, 1)]
 
 
 class Modulation(nn.Module):

@@ -88,6 +88,15 @@ class TextEncoder(nn.Module):
         x = self.transformer(x, mask, first_query=x.shape[1] - 1)
         return self.projection(self.norm(x[:, 0]))
 
+    def features(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids (B, L) -> what a generator reads of a text: projected feature (B, embed_dim), not L2-normalised, normed
+        tokens (B, L', W), and which of these are no padding, bool (B, L'). On a CPU columns of padding are left out."""
+        used = ids != self.config.pad_id
+        keep = used.any(dim=0) if ids.device.type == "cpu" else None  # as in `forward`
+        used = used if keep is None else used[:, keep]
+        tokens = self.norm(self.transformer(self.embedding(ids, keep=keep), used[:, None, None, :]))
+        return self.projection(tokens[:, -1]), tokens, used
+
 
 @dataclass
 class DecoderState:

@@ -1,27 +1,20 @@
 """An exponential moving average of a run's weights, sharded as they are."""
 
-from collections.abc import Collection
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
-
-from openvision3.config import ModelPart
-from openvision3.model.openvision3 import OpenVision3
-from openvision3.training.frozen import part_of
+from torch import Tensor, nn
 
 WARM_UP = 10  # steps: the average of the first ones weighs them alike, or the initial weights would stay in it for long
 
 
 class Average:
-    """Averages of the trained parameters, by name; `decay` is per step."""
+    """Averages of the trained ones among `parameters`, by name; `decay` is per step."""
 
-    def __init__(self, model: OpenVision3, decay: float, frozen: Collection[ModelPart]) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self.decay = decay
-        self.parameters = {
-            name: parameter
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and part_of(name) not in frozen
-        }
+        self.parameters = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         self.tensors = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     @torch.no_grad()
@@ -34,3 +27,22 @@ class Average:
     def values(self) -> dict[str, Tensor]:
         """The averages by the parameters' names, as they are sharded."""
         return self.tensors
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """The averages in the place of the weights, in the same tensors, so that whatever holds those sees them.
+
+        A copy of the model would not do: its compiled forward can go on with the weights that it was compiled for.
+        """
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, average in self.tensors.items():
+            weight = self.parameters[name].detach().clone()
+            self.parameters[name].copy_(average)
+            average.copy_(weight)

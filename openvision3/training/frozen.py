@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Collection, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from openvision3.config import MODEL_PARTS, ModelConfig, ModelPart
 from openvision3.model.openvision3 import OpenVision3
@@ -35,6 +35,11 @@ def set_training(model: OpenVision3, frozen: Collection[ModelPart]) -> None:
         for module in modules:
             if module is not None:
                 module.eval()
+
+
+def trained_parameters(model: OpenVision3, frozen: Collection[ModelPart]) -> dict[str, nn.Parameter]:
+    """What a run changes, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and part_of(name) not in frozen}
 
 
 def trained_losses(config: ModelConfig, frozen: Collection[ModelPart]) -> set[str]:

@@ -31,7 +31,15 @@ from openvision3.training.checkpoint import (
     write_folder,
 )
 from openvision3.training.ema import Average
-from openvision3.training.frozen import VAE, fingerprint, part_of, set_training, trained_losses, unsaved
+from openvision3.training.frozen import (
+    VAE,
+    fingerprint,
+    part_of,
+    set_training,
+    trained_losses,
+    trained_parameters,
+    unsaved,
+)
 from openvision3.training.latents import check_latents
 from openvision3.training.monitor import Monitor, NoMonitor
 from openvision3.training.optimizer import build_optimizer, clip_gradients, set_learning_rate
@@ -94,7 +102,7 @@ def train(config: TrainConfig, device: str = "auto", evaluate: Evaluate | None =
     """
     with open_world(device) as (world, place):
         world.agree(lambda: (validate(config), refuse_unequal_shares(config, world)))
-        with entered_run(config, world) as folder, StopRequest() as stop:
+        with entered_run(run_folder(config), config, world) as folder, StopRequest() as stop:
             stages = plan(config)
             resume, complete = world.agree(lambda: found_in(folder, stages))
             if complete:
@@ -141,9 +149,8 @@ def refuse_unequal_shares(config: TrainConfig, world: World) -> None:
 
 
 @contextmanager
-def entered_run(config: TrainConfig, world: World) -> Iterator[Path]:
+def entered_run(folder: Path, config: Any, world: World) -> Iterator[Path]:
     """The run's folder, held by the first process for all of them."""
-    folder = run_folder(config)
     held = open_run(folder, config, say=print, wait=LOCK_WAIT if world.size > 1 else 0.0)
     world.agree(lambda: held.__enter__())
     try:
@@ -185,7 +192,7 @@ def begin(
     engine = build_engine(
         model, config.parallel, world, device, unused=lambda name: part_of(name) == "head" and not heads
     )
-    average = Average(model, config.ema, config.frozen) if config.ema else None
+    average = Average(trained_parameters(model, config.frozen), config.ema) if config.ema else None
     step = checkpoint_step(resume) if resume else 0
     if world.rank == 0:
         total, seen = stages[-1].last_sample, samples_seen(stages, step)

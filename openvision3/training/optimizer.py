@@ -1,6 +1,7 @@
 """AdamW on the right parameters, and the learning rate as a function of samples seen."""
 
 import math
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -67,8 +68,19 @@ def muon(module: nn.Module, config: OptimizerConfig) -> MuonWithAdamW:
     return MuonWithAdamW(groups, (config.beta1, config.beta2), config.eps)
 
 
+@runtime_checkable
+class Stacked(Protocol):
+    """A module that names its own matrices for Muon."""
+
+    def stacked_matrices(self) -> list[tuple[Tensor, int]]:
+        """Weight matrices of the module itself, and how many maps each stacks."""
+        ...
+
+
 def _stacked(module: nn.Module) -> list[tuple[Tensor, int]]:
     """The weight matrices of a part of a block, and how many maps each stacks."""
+    if isinstance(module, Stacked):
+        return module.stacked_matrices()
     if isinstance(module, SelfAttention):
         return [(module.qkv.weight, 3), (module.out.weight, 1)]
     if isinstance(module, CrossAttention):

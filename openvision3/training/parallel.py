@@ -169,12 +169,14 @@ def _sum_bucket(
 class Sharded(_Shared):
     """Each block's parameters divided among the processes, and what is outside of blocks as one more group (FSDP2)."""
 
-    def __init__(self, model: nn.Module, world: World, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, world: World, device: torch.device, blocks: tuple[type[nn.Module], ...] = (Block,)
+    ) -> None:
         super().__init__(model, world)
         mesh = init_device_mesh(device.type, (world.size,))
         for module in list(model.modules()):
             trained = [parameter.requires_grad for parameter in module.parameters()]
-            if isinstance(module, Block) and any(trained):
+            if isinstance(module, blocks) and any(trained):
                 assert all(trained), "a part is trained whole or not at all"
                 fully_shard(module, mesh=mesh)
         whole = {parameter for parameter in model.parameters() if not parameter.requires_grad or parameter.ndim == 0}
@@ -198,14 +200,15 @@ def build_engine(
     world: World,
     device: torch.device,
     unused: Callable[[str], bool] = lambda name: False,
+    blocks: tuple[type[nn.Module], ...] = (Block,),
 ) -> Engine:
-    """The engine of a run's model, whose parameters a sharded one replaces by their shards."""
+    """The engine of a run's model, whose parameters a sharded one replaces by their shards, those of `blocks` apart."""
     if world.size == 1:
         return Engine(model)
-    return Sharded(model, world, device) if kind == "fsdp" else Replicated(model, world, unused)
+    return Sharded(model, world, device, blocks) if kind == "fsdp" else Replicated(model, world, unused)
 
 
-def compile_blocks(model: nn.Module) -> None:
+def compile_blocks(model: nn.Module, blocks: tuple[type[nn.Module], ...] = (Block,)) -> None:
     """Compiles each transformer block, and parts of the frozen VAE: one compilation serves all blocks of a part.
 
     Parameters keep their names. The first steps are slow.
@@ -214,7 +217,7 @@ def compile_blocks(model: nn.Module) -> None:
     dynamo.recompile_limit = max(COMPILED_VARIANTS, dynamo.recompile_limit)
     dynamo.optimize_ddp = False  # it would cut blocks larger than a bucket of gradients in two
     for module in model.modules():
-        if isinstance(module, Block):
+        if isinstance(module, blocks):
             module.forward = torch.compile(module.forward)  # type: ignore[method-assign]
         elif isinstance(module, FrozenVAE):
             module.compile_layers()
