@@ -140,7 +140,7 @@ def _gather(out: Path, options: StatsOptions, overwrite: bool) -> int:
     space = PictureSpace(load(options.model, device=resolve_device(options.device)), options.space, options.resolution)
     described = gather.describe(space, data=to_dict(options.data), of=options.samples)
     described["data"] = {k: v for k, v in to_dict(options.data).items() if k != "num_workers"}  # type: ignore[index]
-    statistics, position = TokenStatistics.empty(), start
+    statistics, position = TokenStatistics(), start
     if out.exists() and not overwrite:
         statistics, record = gather.load_statistics(out)
         same = {k: v for k, v in record.items() if k not in ("done", "position")}

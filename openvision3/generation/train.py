@@ -193,7 +193,7 @@ def settle_statistics(config: GeneratorTrainConfig, folder: Path, world: World, 
     if not there:
         if world.rank == 0:
             print(f"gathering the statistics of {config.statistics_samples:,} samples' tokens")
-        total = gather.gather(TokenStatistics.empty(), space, statistics_batches(config, folder, world, space))
+        total = gather.gather(TokenStatistics(), space, statistics_batches(config, folder, world, space))
         parts = [TokenStatistics.from_state(state) for state in world.gather_objects(total.state())]
         if world.rank == 0:
             found = gather.merged(parts)
