@@ -33,7 +33,7 @@ def shift(t: Tensor, s: float) -> Tensor:
     """
     if not 0 < s < math.inf:
         raise OpenVisionError(f"time shift {s} must be positive")
-    return s * t / (1 + (s - 1) * t)
+    return s * t / (s * t + (1 - t))  # in this form 0 and 1 stay exactly themselves
 
 
 def token_shift(tokens: int, width: int) -> float:
@@ -129,7 +129,8 @@ def guided(model: Model, condition: Condition, guidance: Guidance, weak: Model |
     """
     if guidance.kind == "auto" and guidance.scale != 1 and weak is None:
         raise OpenVisionError("autoguidance needs a weak model, such as a smaller one early in its training")
-    both = concatenate([condition, condition.as_null()])
+    cfg = guidance.kind == "cfg" and guidance.scale != 1
+    both = concatenate([condition, condition.as_null()]) if cfg else condition
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         if not guidance.active(t):

@@ -12,15 +12,15 @@ from openvision3.generation.config import GeneratorConfig, StackConfig
 from openvision3.generation.dit import DiT
 from openvision3.generation.layers import fixed_positions, rope_table
 
-# what the mathematics here needs of a published config, and its defaults there
-_FIXED: dict[str, tuple[Any, Any]] = {
-    "patch_size": (1, 1),
-    "mlp_ratio": (4.0, 4.0),
-    "use_swiglu": (True, True),
-    "use_rope": (True, True),
-    "use_rmsnorm": (True, True),
-    "wo_shift": (False, False),
-    "use_pos_embed": (True, True),
+# what the mathematics here needs of a published config; the defaults there too
+_FIXED: dict[str, Any] = {
+    "patch_size": 1,
+    "mlp_ratio": 4.0,
+    "use_swiglu": True,
+    "use_rope": True,
+    "use_rmsnorm": True,
+    "wo_shift": False,
+    "use_pos_embed": True,
 }
 _READ = {
     "input_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes", "use_qknorm", "class_dropout_prob",
@@ -63,8 +63,8 @@ def rae_config(published: Mapping[str, Any], name: str = "rae") -> GeneratorConf
     needed = _READ - {"use_qknorm", "class_dropout_prob"}
     if missing := sorted(needed - set(published)):
         raise OpenVisionError(f"RAE config: missing parameters {', '.join(missing)}")
-    for key, (expected, default) in _FIXED.items():
-        value = published.get(key, default)
+    for key, expected in _FIXED.items():
+        value = published.get(key, expected)
         if value != expected and value != [expected, expected]:
             raise OpenVisionError(f"RAE config: {key} {value!r} is not supported, only {expected!r}")
     heads = published["num_heads"]
@@ -76,7 +76,7 @@ def rae_config(published: Mapping[str, Any], name: str = "rae") -> GeneratorConf
         )
         side, width, classes = (int(published[key]) for key in ("input_size", "in_channels", "num_classes"))
     except (TypeError, ValueError) as error:
-        raise OpenVisionError(f"RAE config: expected two widths, depths and heads, and whole numbers: {error}") from None
+        raise OpenVisionError(f"RAE config: expected two widths, depths and heads, all whole: {error}") from None
     dropout = float(published.get("class_dropout_prob", 0.1))
     if dropout <= 0:
         raise OpenVisionError("RAE config: class_dropout_prob 0 means weights without a null class: not supported")

@@ -25,7 +25,7 @@ class TokenStatistics:
             raise OpenVisionError(f"expected tokens (B, N, D), got {tuple(tokens.shape)}")
         if not len(tokens):
             return
-        values = tokens.double()
+        values = (tokens.cpu() if tokens.device.type == "mps" else tokens).double()  # MPS has no fp64
         mean = values.mean(dim=0)
         squares = (values - mean).square().sum(dim=0)
         if not (squares.isfinite() & mean.isfinite()).all():
