@@ -98,7 +98,7 @@ def check_condition(config: GeneratorConfig, condition: Condition, batch: int) -
     if config.condition == "class":
         if condition.labels is None:
             raise OpenVisionError("this generator takes class labels: Condition(labels=...)")
-        expected = {"labels": (batch,)}
+        expected: dict[str, tuple[int, ...]] = {"labels": (batch,)}
     else:
         if condition.pooled is None or (config.text_width and (condition.tokens is None or condition.mask is None)):
             parts = "pooled=..., tokens=..., mask=..." if config.text_width else "pooled=..."

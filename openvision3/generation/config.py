@@ -76,7 +76,8 @@ def named(name: str, token_width: int = 768, grid: tuple[int, int] = (16, 16), *
     if name not in SIZES:
         raise OpenVisionError(f"no generator size {name!r}: use one of {', '.join(SIZES)}")
     backbone, head = SIZES[name]
-    return GeneratorConfig(name=name, token_width=token_width, grid=grid, **{"backbone": backbone, "head": head} | fields)
+    fields = {"backbone": backbone, "head": head} | fields
+    return GeneratorConfig(name=name, token_width=token_width, grid=grid, **fields)
 
 
 def check_generator(config: GeneratorConfig) -> None:

@@ -107,7 +107,8 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, num_heads: int, qk_norm: bool, path: AttentionPath):
         super().__init__()
-        self.num_heads, self.path = num_heads, path
+        self.num_heads = num_heads
+        self.path: AttentionPath = path
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.norm_query = RMSNorm(width // num_heads) if qk_norm else None
