@@ -76,7 +76,8 @@ def test_statistics_refuse_what_they_cannot_hold(tokens):
             statistics.update(bad)
     assert statistics.count == 101
     good = statistics.state()
-    for state in ({}, good | {"more": good["mean"]}, good | {"squares": good["mean"][:2]}, good | {"count": good["mean"]}):
+    mean = good["mean"]
+    for state in ({}, good | {"more": mean}, good | {"squares": mean[:2]}, good | {"count": mean}):
         with pytest.raises(OpenVisionError):
             TokenStatistics.from_state(state)
 

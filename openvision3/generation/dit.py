@@ -15,12 +15,11 @@ from openvision3.generation.layers import (
     RMSNorm,
     TimeEmbedding,
     fixed_positions,
+    init_normal,
     rope_table,
 )
 
 __all__ = ["Condition", "DiT", "drop", "flops", "null_condition"]
-
-EMBEDDING_STD = 0.02
 
 
 class TextCondition(nn.Module):
@@ -36,15 +35,15 @@ class TextCondition(nn.Module):
         self.norm_pooled = RMSNorm(config.text_embed_dim)
         self.up, self.down = nn.Linear(config.text_embed_dim, width), nn.Linear(width, width)
         self.null = nn.Parameter(torch.empty(width))
-        nn.init.normal_(self.up.weight, std=EMBEDDING_STD)
-        nn.init.normal_(self.down.weight, std=EMBEDDING_STD)
-        nn.init.normal_(self.null, std=EMBEDDING_STD)
+        init_normal(self.up.weight)
+        init_normal(self.down.weight)
+        init_normal(self.null)
         self.norm_tokens = self.tokens_in = self.register = None
         if config.text_width:
             self.norm_tokens = RMSNorm(config.text_width)
             self.tokens_in = _input_layer(config.text_width, width)
             self.register = nn.Parameter(torch.empty(width))
-            nn.init.normal_(self.register, std=EMBEDDING_STD)
+            init_normal(self.register)
 
     def embed(self, condition: Condition) -> Tensor:
         """The texts' pooled embeddings -> (B, W)"""
@@ -82,7 +81,7 @@ class DiT(nn.Module):
         self.classes = self.text = None
         if config.condition == "class":
             self.classes = nn.Embedding(config.num_classes + 1, width)
-            nn.init.normal_(self.classes.weight, std=EMBEDDING_STD)
+            init_normal(self.classes.weight)
         else:
             self.text = TextCondition(config)
         self.backbone_in = _input_layer(config.token_width, width)

@@ -17,11 +17,18 @@ from openvision3.model.blocks import attend
 NORM_EPS = 1e-6
 ROPE_THETA = 10_000.0
 TIME_FREQUENCIES = 256
+EMBEDDING_STD = 0.02
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
     """The tensor in fp32, or as it is in fp64."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def init_normal(tensor: Tensor, std: float = EMBEDDING_STD) -> None:
+    """Draws a tensor anew from N(0, std^2); does nothing on the meta device, where PyTorch would first load sympy."""
+    if not tensor.is_meta:
+        nn.init.normal_(tensor, std=std)
 
 
 class RMSNorm(nn.Module):
@@ -199,11 +206,12 @@ class TimeEmbedding(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.frequencies: Tensor
-        self.register_buffer("frequencies", torch.randn(TIME_FREQUENCIES))
+        self.register_buffer("frequencies", torch.empty(TIME_FREQUENCIES))
+        init_normal(self.frequencies, std=1.0)
         self.up = nn.Linear(2 * TIME_FREQUENCIES, width)
         self.down = nn.Linear(width, width)
-        nn.init.normal_(self.up.weight, std=0.02)
-        nn.init.normal_(self.down.weight, std=0.02)
+        init_normal(self.up.weight)
+        init_normal(self.down.weight)
 
     def forward(self, times: Tensor) -> Tensor:
         """Times (B,) in [0, 1] -> (B, W)"""

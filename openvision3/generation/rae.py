@@ -127,10 +127,14 @@ def convert_rae(published: Mapping[str, Any], state: Mapping[str, Tensor]) -> tu
 
 
 def load_rae(published: Mapping[str, Any], state: Mapping[str, Tensor]) -> DiT:
-    """The published network, ready to run; raises as `convert_rae`. It takes RAE's own tokens, normalised as there."""
+    """The published network, ready to run, on the memory of `state`; raises as `convert_rae`.
+
+    It takes RAE's own tokens, normalised as there.
+    """
     config, converted = convert_rae(published, state)
-    model = DiT(config)
-    model.load_state_dict(converted)
+    with torch.device("meta"):  # random weights would take longer to draw than these to load
+        model = DiT(config)
+    model.load_state_dict(converted, assign=True)
     return model.eval()
 
 
