@@ -111,7 +111,7 @@ def stats(
     if merge:
         common.refuse_existing(out, overwrite)
         loaded = [gather.load_statistics(path) for path in merge]
-        records = [{k: v for k, v in record.items() if k not in ("shard", "done")} for _, record in loaded]
+        records = [{k: v for k, v in record.items() if k not in ("shard", "done", "position")} for _, record in loaded]
         for path, record, whole in zip(merge, records, loaded, strict=True):
             if record != records[0]:
                 raise OpenVisionError(f"{path} holds statistics of other tokens or data than {merge[0]}")
