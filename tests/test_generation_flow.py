@@ -227,7 +227,7 @@ def test_guidance_refuses_impossible_values():
             make()
 
 
-def overfit(head_width: int, steps: int = 200) -> float:
+def overfit(head_width: int, steps: int = 150) -> float:
     """The loss of the last steps on one token grid of width 16."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
@@ -255,7 +255,7 @@ def overfit(head_width: int, steps: int = 200) -> float:
 
 def test_one_picture_is_learnt_only_by_a_head_as_wide_as_the_tokens():
     """RAE, figure 3: the head's output spans as many dimensions as it is wide, and noise spans all of the tokens'."""
-    assert overfit(16) < 0.25
+    assert overfit(16) < 0.35
     assert overfit(8) > 0.5  # half of the noise is out of its reach
 
 
