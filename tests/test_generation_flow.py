@@ -227,7 +227,7 @@ def test_guidance_refuses_impossible_values():
             make()
 
 
-def overfit(head_width: int, steps: int = 120) -> float:
+def overfit(head_width: int, steps: int = 150) -> float:
     """The loss of the last steps on one token grid of width 16."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
@@ -235,7 +235,7 @@ def overfit(head_width: int, steps: int = 120) -> float:
         token_width=16,
         grid=(2, 2),
         backbone=StackConfig(32, 1, 2),
-        head=StackConfig(head_width, 2, 2),
+        head=StackConfig(head_width, 1, 2),
         num_classes=1,
         allow_narrow_head=True,
     )
@@ -255,8 +255,8 @@ def overfit(head_width: int, steps: int = 120) -> float:
 
 def test_one_picture_is_learnt_only_by_a_head_as_wide_as_the_tokens():
     """RAE, figure 3: the head's output spans as many dimensions as it is wide, and noise spans all of the tokens'."""
-    assert overfit(32) < 0.2
-    assert overfit(8) > 0.45  # half of the noise is out of its reach
+    assert overfit(16) < 0.35
+    assert overfit(8) > 0.5  # half of the noise is out of its reach
 
 
 def test_guided_sampling_reaches_the_learnt_picture() -> None:

@@ -80,8 +80,9 @@ class DiT(nn.Module):
         self.time = TimeEmbedding(width)
         self.classes = self.text = None
         if config.condition == "class":
-            self.classes = nn.Embedding(config.num_classes + 1, width)
-            init_normal(self.classes.weight)
+            table = torch.empty(config.num_classes + 1, width)
+            init_normal(table)
+            self.classes = nn.Embedding.from_pretrained(table, freeze=False)
         else:
             self.text = TextCondition(config)
         self.backbone_in = _input_layer(config.token_width, width)
