@@ -4,11 +4,13 @@ Mathematics of RAE's DiT-DH (arXiv 2510.11690), which follows LightningDiT (arXi
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from openvision3.config import AttentionPath
 from openvision3.generation.config import StackConfig
@@ -31,6 +33,34 @@ def init_normal(tensor: Tensor, std: float = EMBEDDING_STD) -> None:
         nn.init.normal_(tensor, std=std)
 
 
+def scaled_to_rms(x: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + 1e-6) over the last axis, fp32 or fp64.
+
+    On a CPU PyTorch's own is a dozen passes over memory, forward and back, which cost more than the products around.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return F.rms_norm(x, x.shape[-1:], None, NORM_EPS)
+    return _ScaledToRMS.apply(x)
+
+
+class _ScaledToRMS(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        factor = norm.square_().mul_(1 / x.shape[-1]).add_(NORM_EPS).rsqrt_()
+        result = x * factor
+        ctx.save_for_backward(result, factor)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        result, factor = ctx.saved_tensors
+        (gradient,) = gradients
+        along = (gradient * result).sum(dim=-1, keepdim=True).mul_(-1 / result.shape[-1])
+        return torch.addcmul(gradient, result, along).mul_(factor)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + 1e-6) * weight over the last axis, in fp32 at least; the result stays in that precision."""
 
@@ -41,7 +71,13 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., W) -> (..., W)"""
         x = at_least_fp32(x)
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), NORM_EPS)
+        return scaled_to_rms(x) * self.weight.to(x.dtype)
+
+    def modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """The norm of x (B, N, W), times 1 + `scale`, plus `shift`; these are (B, 1 or N, W)."""
+        x = at_least_fp32(x)
+        factor = (scale.to(x.dtype) + 1) * self.weight.to(x.dtype)
+        return torch.addcmul(shift.to(x.dtype), scaled_to_rms(x), factor)
 
 
 def rope_table(
@@ -129,7 +165,7 @@ class Attention(nn.Module):
         if self.norm_query is not None and self.norm_key is not None:
             # one pass for both: each has weights of its own
             weights = torch.stack([self.norm_query.weight, self.norm_key.weight])
-            pair = F.rms_norm(pair, pair.shape[-1:], None, NORM_EPS) * weights[:, None]
+            pair = scaled_to_rms(pair) * weights[:, None]
         pair = rotate(pair, rope[:, None, None]).to(value.dtype)
         query, key = rearrange(pair, "b n two h d -> two b h n d")
         mixed = attend(query, key, rearrange(value, "b n h d -> b h n d"), mask, self.path)
@@ -155,11 +191,6 @@ class Modulation(nn.Module):
         return self.linear(active).chunk(self.parts, dim=-1)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift for a normalised x (B, N, W)."""
-    return torch.addcmul(shift.to(x.dtype), x, scale.to(x.dtype) + 1)
-
-
 class DiTBlock(nn.Module):
     """Attention and SwiGLU, each normalised, modulated, gated and added to the residual stream (adaLN-zero)."""
 
@@ -174,9 +205,9 @@ class DiTBlock(nn.Module):
     def forward(self, x: Tensor, active: Tensor, rope: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, N, W) -> (B, N, W); `active` is silu(condition), (B, 1, W) or one for each token (B, N, W)."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(active)
-        mixed = self.attention(modulate(self.norm_1(x), shift_1, scale_1), rope, mask)
+        mixed = self.attention(self.norm_1.modulated(x, shift_1, scale_1), rope, mask)
         x = torch.addcmul(x, gate_1.to(x.dtype), mixed.to(x.dtype))
-        hidden = self.mlp(modulate(self.norm_2(x), shift_2, scale_2))
+        hidden = self.mlp(self.norm_2.modulated(x, shift_2, scale_2))
         return torch.addcmul(x, gate_2.to(x.dtype), hidden.to(x.dtype))
 
 
@@ -194,7 +225,7 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, active: Tensor) -> Tensor:
         """(B, N, W) -> (B, N, D); `active` as for `DiTBlock`."""
         shift, scale = self.modulation(active)
-        return self.out(modulate(self.norm(x), shift, scale))
+        return self.out(self.norm.modulated(x, shift, scale))
 
 
 class TimeEmbedding(nn.Module):
