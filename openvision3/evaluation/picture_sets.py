@@ -33,14 +33,14 @@ class Reference:
 def open_generated(path: Path, samples: int = 0) -> SampleSet:
     """Generated pictures as they are, square and of one size: a folder of files, or the array `arr_0` of a `.npz`.
 
-    `samples` takes only the first so many (0: all). Files are sorted by path; those that can't be read, or have
+    `samples` takes only so many, spread evenly (0: all). Files are sorted by path; those that can't be read, or have
     another size than the first that can, are left out and named in `failed`. Raises `OpenVisionError` where there is
     nothing to read.
     """
     if path.suffix == ".npz":
         return _npz_pictures(NpzFile(path), samples)
     files = picture_files(path)
-    size, chosen = _first_size(files), files[: samples or None]
+    size, chosen = _first_size(files), [files[i] for i in _spread(len(files), samples)]
 
     def make(self: SampleSet) -> Iterator[EvalSample]:
         for file in chosen:
@@ -53,7 +53,8 @@ def open_generated(path: Path, samples: int = 0) -> SampleSet:
                 continue
             yield EvalSample(file.relative_to(path).as_posix(), pixels)
 
-    return SampleSet(str(path), f"{len(chosen)} pictures below {path}, {size} px, as they are", size, None, make)
+    protocol = f"{len(chosen)} of {len(files)} pictures below {path}, {size} px, as they are"
+    return SampleSet(str(path), protocol, size, None, make)
 
 
 def open_reference(path: Path, size: int, samples: int = 0) -> Reference:
@@ -100,15 +101,21 @@ def pixel_batches(samples: SampleSet, batch_size: int = 16) -> Iterator[Tensor]:
 
 def _npz_pictures(file: NpzFile, samples: int) -> SampleSet:
     total, size = file.pictures()
-    count = min(samples or total, total)
+    chosen = set(_spread(total, samples))
 
     def make(_: SampleSet) -> Iterator[EvalSample]:
         rows = (row for block in file.read_pictures() for row in block)
-        for index, row in enumerate(islice(rows, count)):
-            yield EvalSample(str(index), row)
+        for index, row in enumerate(rows):
+            if index in chosen:
+                yield EvalSample(str(index), row)
 
-    protocol = f"{count} of {total} pictures of {file.path}, {size} px, as they are"
+    protocol = f"{len(chosen)} of {total} pictures of {file.path}, {size} px, as they are"
     return SampleSet(str(file.path), protocol, size, None, make)
+
+
+def _spread(total: int, samples: int) -> list[int]:
+    count = min(samples or total, total)
+    return [i * total // count for i in range(count)]
 
 
 def _statistics(file: NpzFile, mean: str, covariance: str, width: int) -> Statistics | None:
