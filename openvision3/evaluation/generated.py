@@ -19,6 +19,7 @@ from openvision3.config import OpenVisionError
 from openvision3.evaluation import bootstrap, manifold
 from openvision3.evaluation.bootstrap import kernel_estimate
 from openvision3.evaluation.fidelity import (
+    CHUNK,
     INCEPTION_FILE,
     FeatureNetwork,
     Statistics,
@@ -28,7 +29,7 @@ from openvision3.evaluation.fidelity import (
 )
 from openvision3.evaluation.inception import GenerationInception, split_parts
 from openvision3.evaluation.manifold import precision_recall
-from openvision3.evaluation.picture_sets import Reference, pixel_batches, sha256_of
+from openvision3.evaluation.picture_sets import Reference, sample_batches, sha256_of
 from openvision3.evaluation.samples import SampleSet
 
 SPLITS = 10
@@ -76,18 +77,18 @@ def evaluate_generated(
         raise OpenVisionError(f"{reference.name} has statistics of Inception's features alone, so its weights are needed")
     done = 0
 
-    def counted(batches: Iterator[Tensor]) -> Iterator[Tensor]:
+    def pixels(pictures: SampleSet) -> Iterator[Tensor]:
         nonlocal done
-        for batch in batches:
+        for _, batch in sample_batches(pictures, CHUNK):
             yield batch
             done += len(batch)
             if progress:
                 progress(done)
 
-    features = extract_features(counted(pixel_batches(samples)), network)
+    features = extract_features(pixels(samples), network)
     real = None
     if reference.pictures is not None:
-        real = extract_features(counted(pixel_batches(reference.pictures)), network)
+        real = extract_features(pixels(reference.pictures), network)
     left_out: dict[str, str] = {}
     device = next(network.parameters()).device
     if isinstance(network, GenerationInception):

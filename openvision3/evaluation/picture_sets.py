@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from openvision3.config import OpenVisionError
@@ -92,11 +93,12 @@ def sha256_of(path: Path) -> str:
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def pixel_batches(samples: SampleSet, batch_size: int = 16) -> Iterator[Tensor]:
-    """The pictures of a set as uint8 tensors (at most `batch_size`, 3, S, S), in order."""
+def sample_batches(samples: SampleSet, batch_size: int) -> Iterator[tuple[list[EvalSample], Tensor]]:
+    """The pictures of a set, in order, at most `batch_size` at once, and as uint8 tensors (B, 3, S, S)."""
     pictures = iter(samples)
-    while batch := [sample.image for sample in islice(pictures, batch_size)]:
-        yield torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).contiguous()
+    while batch := list(islice(pictures, batch_size)):
+        pixels = torch.from_numpy(np.stack([sample.image for sample in batch]))
+        yield batch, rearrange(pixels, "b h w c -> b c h w").contiguous()
 
 
 def _npz_pictures(file: NpzFile, samples: int) -> SampleSet:
