@@ -51,6 +51,7 @@ COMMANDS: dict[str, Command] = {
     "eval vae": Command("PSNR, SSIM, LPIPS of a frozen VAE alone", "evaluation", "vae"),
     "eval front": Command("a fast front against the VAE encoder it stands for", "front", "front"),
     "eval all": Command("all of these", "evaluation", "everything"),
+    "generate eval": Command("gFID, sFID, IS, precision, recall of pictures", "generate_eval", "generate_eval"),
     "bench data": Command(
         "how fast training samples come, and how many cores feed a device", "bench_data", "bench_data"
     ),

@@ -29,7 +29,7 @@ HELD_OUT = "classifier-test"  # a split of its own: held-out landscapes, and no 
 HELD_OUT_SEED = 3000
 TRAIN_SEED = 4000  # added to the caller's seed: no recipe trains on these scenes
 RENDERED, SIDE = 128, 64  # pixels: scenes are rendered at the one and seen at the other
-WIDTHS = (32, 64, 128, 256)
+WIDTHS = (24, 48, 96, 192)
 _MAX_BYTES = 1 << 26  # of the weights' file
 
 
@@ -62,7 +62,7 @@ def _convolution(width_in: int, width_out: int, stride: int = 1) -> nn.Sequentia
 
 
 class _Network(nn.Module):
-    """Pictures (B, 3, 64, 64) in [-1, 1] to logits (B, names): 32, 64, 128 and 256 channels on 32 to 4 pixels a side.
+    """Pictures (B, 3, 64, 64) in [-1, 1] to logits (B, names): 24 to 192 channels on 32 to 4 pixels a side.
 
     The things lie anywhere, so that each channel's greatest value counts and not the mean alone.
     """
