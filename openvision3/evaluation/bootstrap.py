@@ -1,4 +1,4 @@
-"""The kernel distance of two whole sets of pictures, with an interval that says how far the pictures' choice moves it."""
+"""The kernel distance of two whole sets of pictures, with an interval: how far their choice moves it."""
 
 from dataclasses import dataclass
 

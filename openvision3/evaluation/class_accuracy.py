@@ -1,4 +1,4 @@
-"""Whether generated pictures show what they were asked for: top-1 of a zero-shot head, and of a classifier of its own."""
+"""Whether generated pictures show what they should: top-1 of a zero-shot head, and of a classifier of its own."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence

@@ -74,7 +74,7 @@ def evaluate_generated(
     it is), `protocol`, and `versions`. Raises `OpenVisionError` where there is nothing to compare.
     """
     if reference.pictures is None and not isinstance(network, GenerationInception):
-        raise OpenVisionError(f"{reference.name} has statistics of Inception's features alone, so its weights are needed")
+        raise OpenVisionError(f"{reference.name} has statistics of Inception's features alone: its weights are needed")
     done = 0
 
     def pixels(pictures: SampleSet) -> Iterator[Tensor]:
@@ -167,8 +167,8 @@ def protocol(network: FeatureNetwork) -> str:
         network.protocol,
         "features in fp32, statistics and distances in float64, unbiased covariances",
         f"precision and recall: k = {manifold.K}, on the pooled features, exact",
-        f"kernel distance: cubic kernel, unbiased, all pairs of at most {bootstrap.MOST} pictures a set (seed 0), with the "
-        f"percentile bootstrap's 95 % interval over pictures of both sets, {bootstrap.REPLICATES} replicates",
+        f"kernel distance: cubic kernel, unbiased, all pairs of at most {bootstrap.MOST} pictures a set (seed 0), with "
+        f"the percentile bootstrap's 95 % interval over pictures of both sets, {bootstrap.REPLICATES} replicates",
     ]
     if isinstance(network, GenerationInception):
         lines.insert(2, "sFID: first 7 channels of the 17 x 17 map mixed_6/conv, 2023 values, as ADM's evaluator")

@@ -70,7 +70,7 @@ class NpzFile:
             file.read(1)  # at its end the member's checksum is compared
 
     def floats(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """A float array of exactly that shape, as float64; raises `OpenVisionError` where it is another or not finite."""
+        """A finite float array of exactly that shape, as float64; raises `OpenVisionError` where it is another."""
         with self._member(name) as (file, header):
             if header.dtype not in (np.float32, np.float64) or header.shape != shape:
                 raise OpenVisionError(

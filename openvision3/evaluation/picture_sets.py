@@ -48,7 +48,8 @@ def open_generated(path: Path, samples: int = 0) -> SampleSet:
             try:
                 pixels = np.array(load_image(file))
                 if pixels.shape != (size, size, 3):
-                    raise OpenVisionError(f"{file}: has {pixels.shape[1]} x {pixels.shape[0]} pixels, not {size} x {size}")
+                    height, width = pixels.shape[:2]
+                    raise OpenVisionError(f"{file}: has {width} x {height} pixels, not {size} x {size}")
             except OpenVisionError as error:
                 self.failed.append((str(file), str(error)))
                 continue

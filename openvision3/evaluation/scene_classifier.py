@@ -101,8 +101,8 @@ class SceneClassifier:
         card = self.card
         return (
             f"a convolutional network on pixels ({SIDE} px), trained on {card.samples} rendered scenes of one of "
-            f"{len(card.names)} names (seed {card.seed}), independent of any encoder; on {card.held_out_samples} held-out "
-            f"real scenes ({HELD_OUT}, seed {HELD_OUT_SEED}) its top-1 is {card.held_out_top1:.4f}"
+            f"{len(card.names)} names (seed {card.seed}), independent of any encoder; on {card.held_out_samples} "
+            f"held-out real scenes ({HELD_OUT}, seed {HELD_OUT_SEED}) its top-1 is {card.held_out_top1:.4f}"
         )
 
     @torch.inference_mode()
@@ -179,7 +179,8 @@ def load_scene_classifier(folder: Path) -> SceneClassifier:
         network = _Network(len(card.names))
         network.load_state_dict(load(content))
     except (OpenVisionError, SafetensorError, RuntimeError, TypeError) as error:
-        raise OpenVisionError(f"{folder}: is a broken scene classifier ({' '.join(str(error).split())[:200]})") from None
+        reason = " ".join(str(error).split())[:200]
+        raise OpenVisionError(f"{folder}: is a broken scene classifier ({reason})") from None
     return SceneClassifier(network.to(memory_format=torch.channels_last), card, sha256)  # type: ignore[call-overload]
 
 
