@@ -111,7 +111,14 @@ def test_wrong_arrays_are_named(array: np.ndarray, said: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"not numpy", b"\x93NUMPY\x01\x00\xff\xff", b"\x93NUMPY\x07\x00", header((-2, 8, 8, 3)), header((2, 8, 8, 3))],
+    [
+        b"",
+        b"not numpy",
+        b"\x93NUMPY\x01\x00\xff\xff",
+        b"\x93NUMPY\x07\x00",
+        header((-2, 8, 8, 3)),
+        header((2, 8, 8, 3)),
+    ],
 )
 def test_broken_members_are_one_line(content: bytes, tmp_path: Path) -> None:
     file = NpzFile(write_member(tmp_path / "b.npz", content))

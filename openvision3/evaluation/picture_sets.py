@@ -14,10 +14,9 @@ from torch import Tensor
 from openvision3.config import OpenVisionError
 from openvision3.data.transforms import load_image
 from openvision3.evaluation.fidelity import Statistics
+from openvision3.evaluation.inception import POOLED, SPATIAL
 from openvision3.evaluation.npz import NpzFile
 from openvision3.evaluation.samples import PICTURE_SUFFIXES, EvalSample, SampleSet, folder_samples
-
-POOLED, SPATIAL = 2048, 2023  # Inception's features of gFID and of sFID
 
 
 @dataclass(frozen=True)
