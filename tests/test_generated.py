@@ -91,7 +91,6 @@ def test_figures_equal_torch_fidelity(
         verbose=False,
     )
     ours = measured[0]["figures"]
-    print(ours, theirs)
     assert ours["gFID"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
     assert ours["Inception Score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-9)
     assert ours["Inception Score, std of parts"] == pytest.approx(theirs["inception_score_std"], rel=1e-9)
@@ -110,13 +109,14 @@ def test_inception_score_equals_torch_fidelity() -> None:
 
 
 def test_sfid_equals_a_direct_computation(measured: tuple[dict[str, Any], np.ndarray]) -> None:
-    """From the whole block's output, channels first; tr (C1 C2)^(1/2) as the singular values of the two sets' product."""
+    """From the whole block's output, channels first; the root's trace as singular values of the two sets' product."""
     scores, maps = measured
     assert maps.shape == (2 * COUNT, 768, 17, 17)
     made, real = maps[:COUNT, :7].reshape(COUNT, 2023), maps[COUNT:, :7].reshape(COUNT, 2023)
     a, b = ((x - x.mean(axis=0)) / math.sqrt(COUNT - 1) for x in (made, real))
     root = np.linalg.svd(a @ b.T, compute_uv=False).sum()
-    expected = np.square(made.mean(axis=0) - real.mean(axis=0)).sum() + np.square(a).sum() + np.square(b).sum() - 2 * root
+    expected = np.square(made.mean(axis=0) - real.mean(axis=0)).sum()
+    expected += np.square(a).sum() + np.square(b).sum() - 2 * root
     assert scores["figures"]["sFID"] == pytest.approx(expected, rel=1e-6)
     assert expected > 1
 
