@@ -46,8 +46,7 @@ def generate_eval(
     is read from samples.jsonl in the folder: a line {"file": ..., "class": NAME} (or "prompt": TEXT) a picture.
     """
     common.refuse_existing(output.json, output.overwrite)
-    from openvision3.evaluation.generated import NO_INCEPTION, evaluate_generated
-    from openvision3.evaluation.inception import GenerationInception
+    from openvision3.evaluation.generated import evaluate_generated
     from openvision3.evaluation.picture_sets import open_generated, open_reference
 
     if min(options.samples_used, options.reference_used, options.num_names) < 0:
@@ -56,8 +55,6 @@ def generate_eval(
     judges = _Judges(samples, options)  # what is missing for them is said before the long part
     reference = open_reference(options.reference, pictures.size, options.reference_used)
     network = _network(options)
-    if not isinstance(network, GenerationInception):
-        print(NO_INCEPTION, file=sys.stderr)
     with common.Progress(None, "pictures") as progress:
         figures = evaluate_generated(pictures, reference, network, lambda done: progress.advance(done - progress.done))
     failed = pictures.failed + (reference.pictures.failed if reference.pictures else [])
