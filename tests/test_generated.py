@@ -171,7 +171,7 @@ def test_stored_statistics_stand_for_the_pictures(
     for suffix, features in (("", parts.pooled), ("_s", parts.spatial)):
         stored[f"mu{suffix}"] = features.double().mean(dim=0).numpy()
         stored[f"sigma{suffix}"] = np.cov(features.double().numpy(), rowvar=False)
-    np.savez(tmp_path / "stored.npz", **stored)
+    np.savez(tmp_path / "stored.npz", **stored)  # pyright: ignore[reportArgumentType]
     found = scores(tmp_path / "stored.npz")
     for name in ("gFID", "sFID"):
         assert found["figures"][name] == pytest.approx(expected[name], rel=1e-9)
@@ -181,7 +181,7 @@ def test_stored_statistics_stand_for_the_pictures(
         evaluate_generated(open_generated(folders[0]), open_reference(tmp_path / "stored.npz", SIZE), Colours())
     shifted = stored | {"mu": stored["mu"] + 100}
     del shifted["mu_s"]
-    np.savez(tmp_path / "both.npz", real, **shifted)
+    np.savez(tmp_path / "both.npz", real, **shifted)  # pyright: ignore[reportArgumentType]
     found = scores(tmp_path / "both.npz")
     assert found["figures"]["gFID"] > expected["gFID"] + 10_000  # the file's own statistics count
     assert "sFID" in found["left_out"]
@@ -263,9 +263,9 @@ def test_precision_and_recall_of_a_literal_case() -> None:
     real, made = torch.tensor([[0.0], [1.0], [10.0]]), torch.tensor([[2.0], [2.0], [100.0]])
     # 2 and 2 lie on the edge of 1's ball, 100 in none; 10 is within 98 of 100, and 0 and 1 are not
     assert precision_recall(real, made, k=1) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
-    same = normal(9, 50, seed=3).repeat(2, 1)  # every picture twice: radii are 0, and rounding must not open the balls
-    assert precision_recall(same, same * 1000, k=1) == (0, 0)
-    assert precision_recall(same, same, k=1) == (1, 1)
+    same = (normal(9, 50, seed=3) + 100).repeat(2, 1)  # every picture twice: radii are 0, and so must distances be
+    assert precision_recall(same, same.flip(0)[:11], k=1, block=5) == (1, 1)
+    assert precision_recall(same, same + 1e-3, k=1, block=5) == (0, 0)
     with pytest.raises(OpenVisionError, match="more than 3"):
         precision_recall(real, made)
 
@@ -276,6 +276,8 @@ def test_kernel_estimate_is_the_kernel_distance_of_whole_sets() -> None:
     assert estimate.value == pytest.approx(kernel_distance(a, b)[0], rel=1e-9)
     assert estimate.low < estimate.value < estimate.high and (estimate.n, estimate.m) == (60, 45)
     assert kernel_estimate(a, b) == estimate
+    alike = kernel_estimate(torch.ones(9, 4), torch.ones(7, 4))  # whatever is drawn, nothing differs
+    assert (alike.value, alike.low, alike.high) == pytest.approx((0, 0, 0), abs=1e-12)
     few = kernel_estimate(a, b, most=30)
     assert (few.n, few.m) == (30, 30) and few.value != estimate.value
 
