@@ -54,6 +54,7 @@ COMMANDS: dict[str, Command] = {
     "generate stats": Command("exact statistics of a data set's tokens", "generate", "stats"),
     "generate train": Command("train a generator: ov3 generate train RECIPE", "generate", "train", takes_args=True),
     "generate sample": Command("pictures from a prompt or a class", "generate_sample", "sample"),
+    "generate eval": Command("gFID, sFID, IS, precision, recall of pictures", "generate_eval", "generate_eval"),
     "bench data": Command(
         "how fast training samples come, and how many cores feed a device", "bench_data", "bench_data"
     ),
