@@ -66,9 +66,7 @@ def fast_autoencoder(autoencoder: Any, dtype: torch.dtype, compiled: bool = Fals
     try:
         build = _Builder(dtype, compiled)
         with torch.inference_mode(False), torch.no_grad():
-            return FastAutoencoder(
-                tuple(build.encoder(autoencoder)), tuple(build.decoder(autoencoder)), dtype
-            )
+            return FastAutoencoder(tuple(build.encoder(autoencoder)), tuple(build.decoder(autoencoder)), dtype)
     except _UnknownPart:
         return None
 

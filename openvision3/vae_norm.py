@@ -187,7 +187,10 @@ def _gradient_pass(
 
 
 def _sums(
-    function: Callable[..., tuple[Tensor, Tensor]], rows: tuple[Tensor, ...], values: tuple[Tensor, ...], layer: GroupNorm
+    function: Callable[..., tuple[Tensor, Tensor]],
+    rows: tuple[Tensor, ...],
+    values: tuple[Tensor, ...],
+    layer: GroupNorm,
 ) -> tuple[Tensor, Tensor]:
     """Two sums over the pixels, (B, C) each."""
     if layer.compiled:

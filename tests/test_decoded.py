@@ -47,7 +47,9 @@ def test_gradients_reach_what_made_the_latents() -> None:
     expected = torch.autograd.grad(whole + latents.square().sum(), list(layer.parameters()))
     # two graphs at once: each keeps its own gradient
     one, other = layer(x), layer(x.flip(0))
-    parts = [DecodedLosses.apply(each, shown, vae, metric, 0.5, 3, 2)[0] for each, shown in ((one, pixels), (other, pixels))]
+    parts = [
+        DecodedLosses.apply(each, shown, vae, metric, 0.5, 3, 2)[0] for each, shown in ((one, pixels), (other, pixels))
+    ]
     found = torch.autograd.grad(parts[0] + one.square().sum() + 0 * parts[1], list(layer.parameters()))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)

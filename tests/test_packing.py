@@ -9,7 +9,7 @@ from torch import Tensor
 
 from openvision3.config import OpenVisionError, TextDecoderConfig, TextEncoderConfig, TransformerConfig
 from openvision3.model.packing import Packing, up_to_last
-from openvision3.model.text import CaptionDecoder, TextEncoder, TextEmbedding
+from openvision3.model.text import CaptionDecoder, TextEmbedding, TextEncoder
 from openvision3.training.parallel import compile_blocks
 
 SIZE = TransformerConfig(16, 2, 2)
