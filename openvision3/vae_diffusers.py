@@ -116,9 +116,9 @@ class _State:
 
     @classmethod
     def of(cls, autoencoder: nn.Module) -> "_State":
-        weights = autoencoder.parameters()
         # tensors made in inference mode count no changes
-        return cls(tuple((StorageWeakRef(w.untyped_storage()), -1 if w.is_inference() else w._version) for w in weights))
+        versions = ((weight, -1 if weight.is_inference() else weight._version) for weight in autoencoder.parameters())
+        return cls(tuple((StorageWeakRef(weight.untyped_storage()), version) for weight, version in versions))
 
 
 class _Prepared(dict[torch.dtype, tuple[_State, FastAutoencoder | None]]):

@@ -123,7 +123,7 @@ def test_two_graphs_at_once() -> None:
     assert fast is not None
     first, second = (torch.randn(1, 4, 4, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     images = [fast.decode(latents) for latents in (first, second)]
-    sum((each * target(each)).sum() for each in images).backward()
+    torch.stack([(each * target(each)).sum() for each in images]).sum().backward()
     for latents in (first, second):
         assert latents.grad is not None
         assert difference(latents.grad, gradients(lambda z: model.decode(z).sample, latents.detach())[1]) < 1e-12
