@@ -246,7 +246,7 @@ class TrainConfig:
     vae_batch: int = resumable(0)  # pictures that go through the frozen VAE and LPIPS at once; 0: as suits the device
     pack_text: bool = resumable(True)  # leave padding out of the text towers, where tokens work by themselves
     checkpoint_blocks: bool = resumable(False)  # recompute blocks in the backward pass: less memory, more time
-    compile: bool = resumable(False)  # compile each transformer block: slow first steps, faster ones later
+    compile: bool = resumable(False)  # each transformer block, and the VAE's norms: slow first steps, faster ones later
     parallel: ParallelKind = resumable("ddp")  # where there are several processes: parameters in each, or sharded
     ema: float = 0.0  # decay per step of averaged weights, which are then evaluated and kept; 0: none
     max_skipped: int = resumable(10)  # steps in a row with losses or gradients that are not finite, before a run stops

@@ -52,8 +52,13 @@ def perceptual_loss(
     return at_least_fp32(metric(predicted, images)).sum() / samples
 
 
+def picture_loss(pixel: Tensor, lpips: Tensor | None, weight: float) -> Tensor:
+    """Eq. 4's terms of pictures: l1(x, x̂) + lambda * LPIPS(x, x̂), lambda being `weight`; None: the first alone."""
+    return pixel if lpips is None else pixel + weight * lpips
+
+
 def reconstruction_loss(pictures: Tensor, latent: Tensor, beta: float) -> Tensor:
-    """Eq. 4, with `pictures` = l1(x, x̂) + lambda * LPIPS(x, x̂): pictures + beta * l1(z_vae, ẑ_vae)."""
+    """Eq. 4: pictures + beta * l1(z_vae, ẑ_vae), with `pictures` from `picture_loss`."""
     return pictures + beta * latent
 
 

@@ -10,11 +10,13 @@ import hashlib
 import importlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from openvision3.config import OpenVisionError, VAEConfig
 from openvision3.vae import FrozenVAE
@@ -106,8 +108,21 @@ def read_config(source: str) -> VAEConfig:
     )
 
 
-class _Prepared(dict[torch.dtype, FastAutoencoder | None]):
-    """Fast forms by the type that they compute in; a copy of the VAE makes its own."""
+@dataclass(frozen=True)
+class _State:
+    """What an autoencoder's weights are, by their memory and how often each was changed in place."""
+
+    weights: tuple[tuple[StorageWeakRef, int], ...]  # a weak reference's address is not used again while it is held
+
+    @classmethod
+    def of(cls, autoencoder: nn.Module) -> "_State":
+        # tensors made in inference mode count no changes
+        versions = ((weight, -1 if weight.is_inference() else weight._version) for weight in autoencoder.parameters())
+        return cls(tuple((StorageWeakRef(weight.untyped_storage()), version) for weight, version in versions))
+
+
+class _Prepared(dict[torch.dtype, tuple[_State, FastAutoencoder | None]]):
+    """Fast forms by the type that they compute in, of the weights as they were; a copy of the VAE makes its own."""
 
     def __reduce__(self) -> Any:
         return _Prepared, ()
@@ -117,7 +132,8 @@ class DiffusersVAE(FrozenVAE):
     """A diffusers autoencoder with the latent convention of its config.
 
     Computes in the weights' type, fp32 or bf16, or in bf16 under such autocast. An AutoencoderKL (FLUX.1's,
-    Stable Diffusion's) does so by `vae_fast.py`, with a copy of its weights; any other by its own code.
+    Stable Diffusion's) does so by `vae_fast.py`, with a copy of its weights, and gives results channels last; any other
+    by its own code.
     """
 
     def __init__(self, config: VAEConfig, autoencoder: Any) -> None:
@@ -139,21 +155,24 @@ class DiffusersVAE(FrozenVAE):
         self.prepared.clear()
 
     def fast(self, inputs: Tensor) -> FastAutoencoder | None:
-        """What computes for such inputs; None: the autoencoder's own code."""
+        """What computes for such inputs; None: the autoencoder's own code, which alone knows tiling and slicing.
+
+        Changes of the weights are noticed, but for those through `.data`, which PyTorch does not count.
+        """
         device = inputs.device.type
+        if getattr(self.autoencoder, "use_tiling", False) or getattr(self.autoencoder, "use_slicing", False):
+            return None
         # FLOPs are counted on the meta device, as the autoencoder is written; an exporter wants its modules
         if device == "meta" or torch.compiler.is_compiling() or torch.compiler.is_exporting():
             return None
         dtype = next(self.autoencoder.parameters()).dtype
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
             dtype = torch.bfloat16
-        if dtype not in self.prepared:
-            self.prepared[dtype] = fast_autoencoder(self.autoencoder, dtype, self.compiled)
-        return self.prepared[dtype]
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.prepared.clear()
-        super()._load_from_state_dict(*args, **kwargs)
+        state = _State.of(self.autoencoder)
+        if dtype not in self.prepared or self.prepared[dtype][0] != state:
+            self.prepared.pop(dtype, None)  # its memory first
+            self.prepared[dtype] = state, fast_autoencoder(self.autoencoder, dtype, self.compiled)
+        return self.prepared[dtype][1]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "DiffusersVAE":
         super()._apply(fn, recurse)

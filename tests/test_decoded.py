@@ -36,6 +36,25 @@ def test_equals_all_at_once(at_once: int, weight: float) -> None:
     assert not found_pixel.requires_grad and not found_lpips.requires_grad
 
 
+def test_gradients_reach_what_made_the_latents() -> None:
+    vae, layer = load_vae("tiny", dtype=torch.float64), torch.nn.Conv2d(4, 16, 1).double()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, 4, 4, generator=generator, dtype=torch.float64)
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    latents = layer(x)
+    images, images_hat = to_images(pixels, torch.float64), vae.decode(latents)
+    whole = losses.pixel_l1(images_hat, images, 3) + 0.5 * losses.perceptual_loss(metric, images_hat, images, 3)
+    expected = torch.autograd.grad(whole + latents.square().sum(), list(layer.parameters()))
+    # two graphs at once: each keeps its own gradient
+    one, other = layer(x), layer(x.flip(0))
+    parts = [
+        DecodedLosses.apply(each, shown, vae, metric, 0.5, 3, 2)[0] for each, shown in ((one, pixels), (other, pixels))
+    ]
+    found = torch.autograd.grad(parts[0] + one.square().sum() + 0 * parts[1], list(layer.parameters()))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_no_pictures() -> None:
     latents = torch.zeros(0, 16, 4, 4, requires_grad=True)
     both, pixel, _ = DecodedLosses.apply(

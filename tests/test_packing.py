@@ -1,13 +1,16 @@
 """Packed texts against padded ones: features, losses and gradients, with and without rounding up."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
-from openvision3.config import TextDecoderConfig, TextEncoderConfig, TransformerConfig
-from openvision3.model.packing import Packing
-from openvision3.model.text import CaptionDecoder, TextEncoder
+from openvision3.config import OpenVisionError, TextDecoderConfig, TextEncoderConfig, TransformerConfig
+from openvision3.model.packing import Packing, up_to_last
+from openvision3.model.text import CaptionDecoder, TextEmbedding, TextEncoder
+from openvision3.training.parallel import compile_blocks
 
 SIZE = TransformerConfig(16, 2, 2)
 IDS = torch.tensor([[1, 5, 2, 0, 0, 0, 0, 3], [1, 7, 8, 9, 2, 0, 0, 3], [1, 2, 0, 0, 0, 0, 0, 3]])
@@ -57,7 +60,57 @@ def test_caption_decoder(image_input: str, multiple: int) -> None:
     )
 
 
-def check(tower: torch.nn.Module, plain, packed) -> None:
+@pytest.mark.parametrize("image_input", ["cross", "prefix"])
+def test_a_pad_id_inside_a_caption(image_input: str) -> None:
+    torch.manual_seed(0)
+    tower = CaptionDecoder(replace(TextDecoderConfig(SIZE, 10, 8), image_input=image_input), 12, "auto").double()
+    captions = torch.tensor([[1, 5, 0, 0, 4, 2, 0, 0], [1, 0, 9, 2, 0, 0, 0, 0]])
+    tokens, inputs, targets = torch.randn(2, 4, 12).double(), captions[:, :-1], captions[:, 1:]
+    used = up_to_last(targets != 0)
+    assert used.int().tolist() == [[1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0, 0]]
+    check(
+        tower,
+        lambda: tower.loss(tokens, inputs, targets, 7),
+        lambda: tower.loss(tokens, inputs, targets, 7, Packing.of(used)),
+    )
+
+
+def test_texts_that_are_too_long() -> None:
+    embedding, ids = TextEmbedding(10, 8, 16), torch.ones(2, 9, dtype=torch.long)
+    with pytest.raises(OpenVisionError, match="^text of 9 tokens exceeds the context length 8$"):
+        embedding.packed(ids, Packing.of(ids != 0))
+
+
+@pytest.mark.parametrize("how", ["plain", "checkpoint_blocks", "compiled"])
+@pytest.mark.parametrize("image_input", ["cross", "prefix"])
+def test_gradients_reach_the_picture(image_input: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    config = replace(TextDecoderConfig(SIZE, 10, 8), image_input=image_input)
+    tower, texts = CaptionDecoder(config, 12, "auto").double(), TextEncoder(TextEncoderConfig(SIZE, 10, 8), 12, "auto")
+    texts.double()
+    picture = torch.nn.Parameter(torch.randn(3, 4, 12).double())
+    inputs, targets = CAPTIONS[:, :-1], CAPTIONS[:, 1:]
+
+    def loss(packing: Packing | None, of_texts: Packing | None) -> Tensor:
+        compared = (texts(IDS, of_texts) * picture.mean(dim=1)).sum()
+        return tower.loss(picture, inputs, targets, 7, packing) + compared
+
+    parts = torch.nn.ModuleList([tower, texts])
+    parameters = [picture, *parts.parameters()]
+    expected = torch.autograd.grad(loss(None, None), parameters)
+    if how == "compiled":
+        compile_ = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend="eager"))
+        compile_blocks(parts)
+    elif how == "checkpoint_blocks":
+        tower.transformer.checkpoint_blocks = texts.transformer.checkpoint_blocks = True
+    for multiple in (1, 5):
+        packings = Packing.of(targets != 0, multiple), Packing.of(IDS != 0, multiple)
+        for a, b in zip(torch.autograd.grad(loss(*packings), parameters), expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def check(tower: torch.nn.Module, plain: Callable[[], Tensor], packed: Callable[[], Tensor]) -> None:
     expected, found = plain(), packed()
     torch.testing.assert_close(found, expected)
     parameters = list(tower.parameters())

@@ -35,6 +35,13 @@ def test_text_names_sizes_steps_and_rates(tmp_path: Path, vae: VAEConfig) -> Non
     assert not (tmp_path / "run").exists()
 
 
+def test_pixel_models_have_no_line_of_the_vae(tmp_path: Path, vae: VAEConfig) -> None:
+    config = tiny_config(tmp_path / "run", vae, steps=6)
+    assert "of the VAE's decoder)" in dry_run(config, "cpu")
+    model = replace(config.model, input="pixels", in_channels=3, patch_size=16)
+    assert "VAE's decoder" not in dry_run(replace(config, model=model), "cpu")
+
+
 def test_missing_parts_are_named(tmp_path: Path, vae: VAEConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OV3_CACHE", str(tmp_path / "cache"))
     config = tiny_config(tmp_path / "run", vae, lpips=0.5, init=str(tmp_path / "init"))

@@ -183,8 +183,8 @@ class OpenVision3(nn.Module):
     ) -> Tensor:
         """Cross-entropy of `caption_logits`, summed over targets that are not padding, divided by `normalizer`.
 
-        The logits are never all there (see `losses.caption_loss`). `packing`: of what is no padding in the targets,
-        caption_ids[:, 1:]; the same result for less work.
+        The logits are never all there (see `losses.caption_loss`). `packing`: of the targets, caption_ids[:, 1:], up to
+        each row's last that is no padding (`up_to_last`); the same result for less work.
         """
         decoder = self._need(self.text_decoder, "text decoder")
         return decoder.loss(tokens, caption_ids[:, :-1], caption_ids[:, 1:], normalizer, packing)

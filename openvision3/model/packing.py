@@ -67,6 +67,11 @@ class Packing:
         return replace(self, index=torch.cat([ahead, behind]), used=used)
 
 
+def up_to_last(used: Tensor) -> Tensor:
+    """bool (B, L), true up to each row's last true position: a pad id inside a text is one of its tokens."""
+    return used.flip(1).cummax(dim=1).values.flip(1)
+
+
 def _some(used: Tensor, multiple: int) -> Tensor:
     """`used` (N,) with its first unused entries set, up to a multiple of as many (at most all, at least one)."""
     count = int(used.sum())

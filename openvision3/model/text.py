@@ -40,16 +40,21 @@ class TextEmbedding(nn.Module):
 
         With `keep`, boolean (L,), only those columns, at their own positions.
         """
+        assert ids.ndim == 2, ids.shape
         stop = start + ids.shape[1]
-        if ids.ndim != 2 or stop > self.positions.shape[0]:
-            raise OpenVisionError(f"text of {stop} tokens exceeds the context length {self.positions.shape[0]}")
+        self._check_length(stop)
         positions = self.positions[start:stop]
         if keep is not None:
             ids, positions = ids[:, keep], positions[keep]
         return F.embedding(ids, self.tokens) + positions
 
+    def _check_length(self, length: int) -> None:
+        if length > self.positions.shape[0]:
+            raise OpenVisionError(f"text of {length} tokens exceeds the context length {self.positions.shape[0]}")
+
     def packed(self, ids: Tensor, packing: Packing) -> Tensor:
-        """The packed tokens of ids (B, L), each at its own position: (T, W)."""
+        """The packed tokens of ids (B, L), each at its own position: (T, W); raises as `forward`."""
+        self._check_length(ids.shape[1])
         return F.embedding(packing.take(ids), self.tokens) + F.embedding(packing.columns, self.positions)
 
 
@@ -165,7 +170,7 @@ class CaptionDecoder(nn.Module):
     ) -> Tensor:
         """`losses.caption_loss` of `forward`'s logits, which are never all there; targets (B, L).
 
-        `packing`: of what is no padding in `targets`; the same result for less work.
+        `packing`: of `targets` up to each row's last that is no padding (`up_to_last`); the same result for less work.
         """
         if packing is None:
             hidden = self._hidden(tokens, ids, None)

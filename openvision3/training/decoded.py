@@ -67,23 +67,23 @@ class DecodedLosses(torch.autograd.Function):
             part = part.detach().requires_grad_(ctx.needs_input_grad[0])
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                 images, images_hat = to_images(shown, dtype), vae.decode(part)
-                objective = of_pixels = losses.pixel_l1(images_hat, images, count)
+                of_pixels, of_lpips = losses.pixel_l1(images_hat, images, count), None
                 if metric is not None:
                     of_lpips = losses.perceptual_loss(metric, images_hat, images, count)
-                    objective = objective + weight * of_lpips
                     lpips += of_lpips.detach()
+                objective = losses.picture_loss(of_pixels, of_lpips, weight)
             pixel += of_pixels.detach()
             if ctx.needs_input_grad[0]:
                 gradients += torch.autograd.grad(objective, part)
-        ctx.gradient = torch.cat(gradients) if gradients else None
+        ctx.save_for_backward(torch.cat(gradients) if gradients else None)
         ctx.mark_non_differentiable(pixel, lpips)
-        return pixel + weight * lpips, pixel, lpips
+        return losses.picture_loss(pixel, lpips, weight), pixel, lpips
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = None if ctx.gradient is None else ctx.gradient * gradients[0]
-        return gradient, None, None, None, None, None, None
+        (saved,) = ctx.saved_tensors
+        return None if saved is None else saved * gradients[0], None, None, None, None, None, None
 
 
 def _parts(latents: Tensor, pixels: Tensor, at_once: int) -> Iterator[tuple[Tensor, Tensor]]:

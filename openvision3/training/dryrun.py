@@ -170,11 +170,12 @@ def _stage_lines(
     trained = trained_parameters(config, model)
     others = sum(count for name, count in model.num_parameters().items() if name != "vae") - trained
     weights = trained * STATE_BYTES + others * 4  # frozen ones in fp32
-    picture = kept.pop("vae_decoder", 0.0)
+    picture = kept.pop("vae_decoder", 0.0)  # absent for a model of pixels
     decoded = 0.0
     if vae is not None and picture:
         at_once = pictures_at_once(vae, device, settings.resolution, config.vae_batch)
         decoded = picture * min(at_once, -(-micro // config.loss.pixel_stride))
+    pictures = f", {_bytes(decoded)} of the VAE's decoder" if picture else ""
     sample = sum(kept.values())
     by_part = ", ".join(f"{name} {_bytes(count)}" for name, count in kept.items())
     without = "" if vae is not None or config.model.input == "pixels" else ", without the VAE, which is not here"
@@ -186,7 +187,7 @@ def _stage_lines(
         f"  training FLOPs: about {work / 1e9:,.1f} G a sample, {work * samples:.3g} in the stage{without}",
         f"  memory a sample: about {_bytes(sample)} in {precision} ({by_part})",
         f"  memory of the step: about {_bytes(weights + sample * micro + decoded)} ({_bytes(weights)} weights and "
-        f"optimizer, {_bytes(sample * micro)} activations, {_bytes(decoded)} of the VAE's decoder){without}",
+        f"optimizer, {_bytes(sample * micro)} activations{pictures}){without}",
     ]
 
 

@@ -22,7 +22,7 @@ from openvision3.data.batches import Batch
 from openvision3.distributed import ALONE, World
 from openvision3.evaluation.perceptual import Perceptual
 from openvision3.model.openvision3 import OpenVision3
-from openvision3.model.packing import Packing
+from openvision3.model.packing import Packing, up_to_last
 from openvision3.training.decoded import DecodedLosses, encode_pixels, pictures_at_once, to_images
 from openvision3.training.frozen import trained_losses
 from openvision3.training.noise import draw_noise
@@ -86,8 +86,8 @@ class Objective:
     is the noise's. `micro_batch` is the number of samples a forward pass (0: all of this process). Losses of `frozen`
     parts alone are left out, and a frozen encoder runs without a graph. `vae_batch` is the number of pictures that go
     through the frozen VAE (and LPIPS) at once (0: as suits the device). `pack_text` leaves padding out of the text
-    towers. `engine` runs the model's passes, and sums the
-    gradients of the processes that share the batch, `world`; without, each has its share of them.
+    towers. `engine` runs the model's passes, and sums the gradients of the processes that share the batch, `world`;
+    without, each has its share of them.
     """
 
     def __init__(
@@ -243,7 +243,7 @@ class Objective:
             packing = Packing.of(texts != config.text_encoder.pad_id, multiple)
             batch = replace(batch, packed_texts=packing.to(self.device))
         if "caption" in self.trained and config.text_decoder is not None:
-            packing = Packing.of(targets != config.text_decoder.pad_id, multiple)
+            packing = Packing.of(up_to_last(targets != config.text_decoder.pad_id), multiple)
             batch = replace(batch, packed_captions=packing.to(self.device))
         return batch
 
@@ -326,13 +326,13 @@ class Objective:
         pixels = batch.pixels if batch.cached else batch.pixels[chosen]
         if batch.latents is None:  # a model of pixels
             images, images_hat = to_images(pixels, self.dtype), model.decode(noisy)[chosen]
-            found["pictures"] = found["pixel_l1"] = losses.pixel_l1(images_hat, images, counts.compared)
+            found["pixel_l1"], lpips = losses.pixel_l1(images_hat, images, counts.compared), None
             if self.perceptual is not None:  # every process names the same losses, also where it scores no pixels
                 lpips = torch.zeros((), dtype=self.dtype, device=self.device)
                 if len(images):
                     lpips = losses.perceptual_loss(self.perceptual, images_hat, images, counts.compared)
                 found["lpips"] = lpips
-                found["pictures"] = found["pixel_l1"] + self.lpips_weight * found["lpips"]
+            found["pictures"] = losses.picture_loss(found["pixel_l1"], lpips, self.lpips_weight)
             return found
         latents_hat, at_once = model.decode_latents(noisy), self._at_once(batch)
         found["latent_l1"] = losses.latent_l1(latents_hat, batch.latents, counts.samples)
