@@ -16,13 +16,14 @@ from openvision3 import files
 from openvision3.commands import common
 from openvision3.commands.contact_sheet import labelled_sheet
 from openvision3.config import OpenVisionError
+from openvision3.evaluation.picture_sets import OVERVIEW
 
 if TYPE_CHECKING:
     from openvision3.distributed import World
     from openvision3.generation.generator import Generator
     from openvision3.generation.sample import SamplerConfig
 
-RECORD, LIST, SHEET, PACKED = "generation.json", "samples.jsonl", "sheet.png", "samples.npz"
+RECORD, LIST, PACKED = "generation.json", "samples.jsonl", "samples.npz"
 FEW, ON_SHEET = 8, 64  # pictures of each text where no number is given; on the sheet at most
 MAX_PICTURES, MAX_LINE = 10_000_000, 10_000
 
@@ -186,7 +187,7 @@ def begin(options: SampleOptions, generator: "Generator", sampler: "SamplerConfi
                 + (" or pass --overwrite" if old is not None else "")
             )
         if old != record:
-            for name in [*(f"{number:06d}.png" for number in range(old["pictures"])), LIST, SHEET, PACKED]:
+            for name in [*(f"{number:06d}.png" for number in range(old["pictures"])), LIST, OVERVIEW, PACKED]:
                 (options.out / name).unlink(missing_ok=True)
     common.write_json(path, record, overwrite=True)
 
@@ -224,7 +225,7 @@ def finish(options: SampleOptions, wanted: Sequence[Wanted]) -> None:
     step = max(1, len(wanted) // ON_SHEET)
     shown = range(0, len(wanted), step)[:ON_SHEET]
     sheet = labelled_sheet([(options.out / names[number], wanted[number].text) for number in shown])
-    with files.whole_file(options.out / SHEET) as temporary:
+    with files.whole_file(options.out / OVERVIEW) as temporary:
         sheet.save(temporary, format="PNG")
     if options.npz:
         write_npz(options.out / PACKED, [options.out / name for name in names])

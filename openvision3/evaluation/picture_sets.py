@@ -18,6 +18,8 @@ from openvision3.evaluation.inception import POOLED, SPATIAL
 from openvision3.evaluation.npz import NpzFile
 from openvision3.evaluation.samples import PICTURE_SUFFIXES, EvalSample, SampleSet, folder_samples
 
+OVERVIEW = "sheet.png"  # of a folder of generated pictures
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -76,10 +78,14 @@ def open_reference(path: Path, size: int, samples: int = 0) -> Reference:
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """All pictures below a folder, sorted by path; raises `OpenVisionError` where there are none."""
+    """All pictures below a folder, sorted by path, but the overview that `ov3 generate sample` writes there.
+
+    Raises `OpenVisionError` where there are none.
+    """
     if not folder.is_dir():
         raise OpenVisionError(f"{folder}: no such folder (or .npz file) of pictures")
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in PICTURE_SUFFIXES and f.is_file())
+    files = [file for file in files if file != folder / OVERVIEW]
     if not files:
         raise OpenVisionError(f"{folder} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
     return files
