@@ -68,9 +68,10 @@ def measured(folders: tuple[Path, Path], network: GenerationInception) -> tuple[
 def test_figures_equal_torch_fidelity(
     folders: tuple[Path, Path], weights: tuple[Path, str], measured: tuple[dict[str, Any], np.ndarray]
 ) -> None:
-    """On the same random Inception: its real weights can't be had here. Relative 1e-6 for FID, 1e-9 for the score.
+    """On the same random Inception: its real weights can't be had here. Relative 1e-5 for FID, 1e-9 for the score.
 
-    KID within 1e-6, for theirs is computed in fp32.
+    KID within 1e-6, for theirs is computed in fp32. Their FID takes the root of covariances of few pictures, which are
+    singular, with an error of some 1e-6; ours is closer to the exact one (see the test of sFID).
     """
     import torch_fidelity
 
@@ -91,7 +92,7 @@ def test_figures_equal_torch_fidelity(
         verbose=False,
     )
     ours = measured[0]["figures"]
-    assert ours["gFID"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+    assert ours["gFID"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-5)
     assert ours["Inception Score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-9)
     assert ours["Inception Score, std of parts"] == pytest.approx(theirs["inception_score_std"], rel=1e-9)
     assert ours["KID"] == pytest.approx(theirs["kernel_inception_distance_mean"], abs=1e-6)
