@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import tyro
-from costs import flux_vae
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from openvision3.bench import scaling
@@ -30,6 +29,7 @@ from openvision3.training.dryrun import trained_parameters, training_flops
 from openvision3.training.frozen import set_training
 from openvision3.training.memory import activation_bytes
 from openvision3.vae import FrozenVAE
+from openvision3.vae_diffusers import flux_shell
 
 DEVICES = {"s16_1gpu": 1, "b16_1000_200": 8, "paper_b16": 64, "paper_l16": 64}
 
@@ -58,7 +58,7 @@ class Operations(TorchDispatchMode):
 @cache
 def vae() -> FrozenVAE:
     """FLUX.1's, without weights."""
-    return flux_vae().freeze()
+    return flux_shell().freeze()
 
 
 @cache

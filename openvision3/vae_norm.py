@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 # elsewhere they bound the memory.
 _CPU_BLOCK, _DEVICE_BLOCK = 2**18, 2**26
 
+_MOMENT_PIXELS = 2048  # of which PyTorch sums up the moments at once: fewer cost time, more cost digits
 _PIVOT_PIXELS = 64  # whose mean is the value that sums are taken about
 
 
@@ -46,7 +47,8 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: GroupNorm) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        mean, rstd = _statistics(channel_rows(x), layer)
+        moments = _map_moments(x, layer) if _uses_maps(x, layer) else _row_moments(channel_rows(x), layer)
+        mean, rstd = _statistics(*moments, layer)
         ctx.layer = layer
         ctx.save_for_backward(x, mean, rstd)
         scale = rstd * layer.weight
@@ -106,15 +108,37 @@ def _map_sums(gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[
     return torch.stack([total for _, _, total in found]), torch.stack([product for _, product, _ in found])
 
 
-def _statistics(rows: Tensor, layer: GroupNorm) -> tuple[Tensor, Tensor]:
-    """Mean and reciprocal standard deviation of each channel's group, (B, C) in the weights' type."""
+def _map_moments(x: Tensor, layer: GroupNorm) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel's pixels, (B, C) each, from batch norm's statistics of a few rows at a time.
+
+    Its sums are plain ones, and lose digits over many pixels; those of parts are put together in fp64.
+    """
+    samples, _, height, width = x.shape
+    dtype = layer.weight.dtype
+    zeros, ones = torch.zeros_like(layer.weight), torch.ones_like(layer.weight)  # fp32, so that the results are too
+    parts = x.split(max(1, _MOMENT_PIXELS // width), dim=2)
+    found = [[torch.batch_norm_update_stats(one, zeros, ones, 0.0) for one in part.split(1)] for part in parts]
+    means = torch.stack([torch.stack([mean for mean, _ in part]) for part in found]).double()
+    variances = torch.stack([torch.stack([variance for _, variance in part]) for part in found]).double()
+    shares = torch.tensor([part.shape[2] / height for part in parts], dtype=torch.float64)[:, None, None]
+    mean = (means * shares).sum(dim=0)
+    variance = ((variances + (means - mean).square()) * shares).sum(dim=0)
+    assert len(mean) == samples
+    return mean.to(dtype), variance.to(dtype)
+
+
+def _row_moments(rows: Tensor, layer: GroupNorm) -> tuple[Tensor, Tensor]:
+    """The same of rows (B, N, C), from sums about a value near the mean."""
     pixels = rows.shape[1]
     pivot = rows[:, :: max(1, pixels // _PIVOT_PIXELS)].to(layer.weight.dtype).mean(dim=1)
     total, squares = _sums(_moments, (rows,), (pivot,), layer)
     beyond = total / pixels
-    of_channel = pivot + beyond
+    return pivot + beyond, (squares / pixels - beyond.square()).clamp(min=0)
+
+
+def _statistics(of_channel: Tensor, within: Tensor, layer: GroupNorm) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal standard deviation of each channel's group, (B, C), from its channels' own moments."""
     mean = _over_group(of_channel, layer.groups)
-    within = (squares / pixels - beyond.square()).clamp(min=0)
     variance = _over_group(within + (of_channel - mean).square(), layer.groups)
     return mean, (variance + layer.eps).rsqrt()
 
