@@ -219,7 +219,7 @@ def settle_precision(
 ) -> Precision:
     """As configured, or the faster by trial; recorded at the first start, kept at each resume."""
     recorded = recorded_environment(folder)
-    if recorded is not None and recorded.get("precision") in ("bf16", "fp32", "fp64"):
+    if recorded is not None and recorded.get("precision") in ("bf16", "fp32"):
         return recorded["precision"]
     size = min(_TRIAL, config.batch_size)
     stream = open_batches(

@@ -36,7 +36,7 @@ class GeneratorTrainConfig:
     statistics_samples: int = 50_000
     draws: int = 1  # times and noises for each encoded sample
     seed: int = 0  # of initial weights, times and noise
-    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"  # "auto": the faster, timed at the start, then kept
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # "auto": the faster, timed at the start, then kept
     micro_batch: int = resumable(0)  # samples a forward pass; 0: all of a process
     checkpoint_blocks: bool = resumable(False)  # recompute blocks in the backward pass
     compile: bool = resumable(False)  # compile each block
