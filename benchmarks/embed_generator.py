@@ -2,8 +2,8 @@
 
     python benchmarks/embed_generator.py runs/demo_generator [--figures figures.json] [--guidance 1.5] [--steps 50]
 
-Writes the weights in fp16, the run's metrics.jsonl and a card. `--figures`: what `generation_quality.py --json` wrote of the
-stored weights, so that it is run after this and this once more.
+Writes the weights in fp16, the run's metrics.jsonl and a card. `--figures`: what `generation_quality.py --json` wrote
+of the stored weights, so that it is run after this and this once more.
 """
 
 import argparse
@@ -23,15 +23,15 @@ from openvision3.training.monitor import read_records
 
 CARD = """# The demo generator
 
-Draws what `ov3 generate sample --prompt "a panda on the beach"` asks for: a DiT-DH of {parameters:.1f} M parameters in fp16 on
-the unified tokens of the embedded demo model, {size} px.
+Draws what `ov3 generate sample --prompt "a panda on the beach"` asks for: a DiT-DH of {parameters:.1f} M parameters in
+fp16 on the unified tokens of the embedded demo model, {size} px.
 
-**It knows single things of {names} names (fruit, animals, tools ...), with or without a word on where they are, as the demo's
-captions say it, and no other words; what it draws is often blurred or broken.**
+**It knows single things of {names} names (fruit, animals, tools ...), with or without a word on where they are, as the
+demo's captions say it, and no other words; what it draws is often blurred or broken.**
 
 | | |
 |---|---|
-| made by | `ov3 generate train {recipe}`, seed {seed}: {samples:,} rendered scenes, each with {draws} times and noises |
+| made by | `ov3 generate train {recipe}`, seed {seed}: {samples:,} scenes, each with {draws} times and noises |
 | machine | {machine} |
 | sampler | Euler, {steps} steps, guidance {guidance:g} |
 | licence | MIT |
