@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_tars import picture, write_tar
 from torch import Tensor
 
 from openvision3 import cli
@@ -283,3 +284,22 @@ def test_a_model_without_decoder_or_text_is_refused(tiny_model: Path, tmp_path: 
 def test_empty_statistics_are_refused() -> None:
     with pytest.raises(OpenVisionError):
         gather.enough(TokenStatistics(), "a file")
+
+
+def test_classes_come_from_tars(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "tars").mkdir()
+    members = {}
+    for number in range(8):
+        members[f"{number:04d}.png"] = picture(colour=("red", "green", "blue")[number % 3])
+        members[f"{number:04d}.cls"] = str(number % 3).encode()
+    write_tar(tmp_path / "tars" / "000000.tar", members)
+    data = DataConfig(source=str(tmp_path / "tars"), caption_field=".cls", crop_min_area=0.8, num_workers=0)
+    generator = replace(SMALL, condition="class", num_classes=3, text_embed_dim=0)
+    config = small_config(tiny_model, tmp_path / "run", data=data, generator=generator, samples=8)
+    folder = train(config, "cpu")
+    assert stored(folder)["dit.classes.weight"].shape == (4, 16)
+    named = replace(config, classes=("cat", "dog", "owl"), out=str(tmp_path / "named"))
+    with pytest.raises(OpenVisionError, match="is no class of this generator"):
+        train(named, "cpu")
+    with pytest.raises(OpenVisionError, match="is no class of this generator"):
+        train(replace(config, generator=replace(generator, num_classes=2), out=str(tmp_path / "few")), "cpu")
