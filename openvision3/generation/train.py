@@ -4,6 +4,8 @@ The run's folder, its records, checkpoints, signals and processes are those of t
 (`training/loop.py`); so is the stream of samples, a function of (seed, samples seen).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -302,8 +304,7 @@ def report_bad(run: Run, samples_seen: int) -> None:
 
 def write_sheet(run: Run) -> None:
     """Pictures from the averaged weights beside held-out ones with the same texts."""
-    with run.monitor.paused():
-        dit = whole_dit(run)
+    with run.monitor.paused(), averaged(run) as dit:
         if dit is not None:
             pixels, texts = held_out(run.config, run.space.model, run.folder, SHEET)
             condition = conditions(run.space.model, run.config.generator, texts, run.config.classes)
@@ -315,11 +316,25 @@ def write_sheet(run: Run) -> None:
         run.world.wait_for_first()
 
 
+@contextmanager
+def averaged(run: Run) -> Iterator[DiT | None]:
+    """The generator with averaged weights, whole, in the first process; None in the others.
+
+    The averages take the weights' place for as long as that, but for shards: those are put together in a copy, for
+    which every process must ask.
+    """
+    if isinstance(run.engine, Sharded):
+        yield _gathered(run)
+    elif run.world.rank:
+        yield None
+    else:
+        with nullcontext() if run.average is None else run.average.swapped():
+            yield run.dit.eval()
+        run.dit.train()
+
+
 @torch.no_grad()
-def whole_dit(run: Run) -> DiT | None:
-    """The averaged generator in the first process; None in the others, which help to put it together."""
-    if run.average is None and not isinstance(run.engine, Sharded):
-        return run.dit if run.world.rank == 0 else None
+def _gathered(run: Run) -> DiT | None:
     target = DiT(run.config.generator).to(run.space.model.device).eval() if run.world.rank == 0 else None
     places = {} if target is None else named_tensors({"dit": target})
     averages = {} if run.average is None else run.average.values()
@@ -342,12 +357,12 @@ def save(run: Run, samples_seen: int) -> None:
 
 def keep(run: Run) -> None:
     """Writes the finished generator's folder."""
-    dit = whole_dit(run)
-    if dit is None:
-        return
-    if not all(bool(weight.isfinite().all()) for weight in dit.parameters()):
-        raise OpenVisionError(f"{run.folder} ended with weights that are not finite: lower peak_lr")
-    save_generator(run.folder / "generator", dit, run.normalizer, describe(run.config, run.space))
+    with averaged(run) as dit:
+        if dit is None:
+            return
+        if not all(bool(weight.isfinite().all()) for weight in dit.parameters()):
+            raise OpenVisionError(f"{run.folder} ended with weights that are not finite: lower peak_lr")
+        save_generator(run.folder / "generator", dit, run.normalizer, describe(run.config, run.space))
 
 
 def describe(config: GeneratorTrainConfig, space: PictureSpace) -> Description:
