@@ -22,10 +22,9 @@ class FrozenLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, packed: bool) -> None:
         super().__init__()
         self.dtype = dtype
-        self.weight, self.bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
-        self.product = None
-        if packed:
-            self.product, self.weight = PackedLinear(self.weight, self.bias), None
+        converted, self.bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
+        self.weight = None if packed else converted
+        self.product = PackedLinear(converted, self.bias) if packed else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
