@@ -1,11 +1,11 @@
 """Speed of drawing tokens by a DiT-DH-B, against diffusers' DiT pipeline of the same counted arithmetic, on the CPU.
 
-    python benchmarks/sampling_speed.py                              # bf16 and fp32, batch 1 and 4, without and with cfg
+    python benchmarks/sampling_speed.py                              # both dtypes, batch 1 and 4, without and with cfg
     python benchmarks/sampling_speed.py --dtypes bf16 --batches 1 --steps 2 --rounds 3
 
 Both draw 256 tokens of 1,000 classes from random weights. The peer is `DiTPipeline` with a transformer of width 1,024
 and the depth whose FLOPs are nearest, its DDIM scheduler, and a VAE that does nothing. Few steps are timed and scaled to
-50. Seconds are the processor's, of all threads together, so that other processes change little; sides take turns, the
+50; the layout of our weights, made once a call, is timed apart. Seconds are the processor's, of all threads together, so that other processes change little; sides take turns, the
 ratio is that of neighbours, with median and quartiles. "automatic" is ours in the faster of both types against the peer
 in bf16: on CPUs without AMX fp32 is the faster one. Needs openvision3[eval].
 """
@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from openvision3.bench.timing import Spread, limits, machine, ratio
 from openvision3.generation.config import named
 from openvision3.generation.dit import Condition, DiT, flops
+from openvision3.generation.inference import frozen
 from openvision3.generation.sample import SamplerConfig, sample
 from openvision3.generation.statistics import Normalizer
 
@@ -95,6 +96,11 @@ def in_turns(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict
     return {name: Spread.of(values) for name, values in seconds.items()}
 
 
+def scaled(seconds: Spread, steps: int, once: float = 0.0) -> Spread:
+    """The seconds of 50 steps from those of a few; `once` of them do not grow with the steps."""
+    return Spread.of([once + (value - once) * STEPS / steps for value in seconds.values])
+
+
 def main() -> None:
     """Prints a row for each dtype, batch and guidance."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -134,21 +140,29 @@ def compare(
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=name == "bf16"):
             sample(dit, normalizer, condition, range(batch), 0, sampler)
 
+    def prepare(name: str) -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=name == "bf16"):
+            frozen(dit)
+
     def theirs(name: str) -> None:
         pipes[name](list(range(batch)), guidance, num_inference_steps=options.steps, output_type="np")
 
     calls: dict[str, Callable[[], object]] = {}
     for name in pipes:
         calls |= {f"ours {name}": lambda name=name: ours(name), f"peer {name}": lambda name=name: theirs(name)}
+        calls[f"prepare {name}"] = lambda name=name: prepare(name)
     seconds = in_turns(calls, options.rounds)
-    passes = options.steps * batch * (1 if guidance == 1 else 2)
+    for name in pipes:  # the layout of the weights is made once a call, whatever the steps
+        once = seconds[f"prepare {name}"].median
+        seconds[f"ours {name}"] = scaled(seconds[f"ours {name}"], options.steps, once)
+        seconds[f"peer {name}"] = scaled(seconds[f"peer {name}"], options.steps)
+    passes = STEPS * batch * (1 if guidance == 1 else 2)
     for name in pipes:
         product = limits(CPU, DTYPES[name], 1)["matrix product"].median / 1e9
         rate = {side: flops(dit.config) * passes / seconds[f"{side} {name}"].median / 1e9 for side in ("ours", "peer")}
-        scale = STEPS / options.steps / batch
         print(
-            f"{name}, batch {batch}, guidance {guidance:g}: ours {seconds[f'ours {name}'].median * scale:.1f} s, peer "
-            f"{seconds[f'peer {name}'].median * scale:.1f} s a sample of {STEPS} steps; peer / ours "
+            f"{name}, batch {batch}, guidance {guidance:g}: ours {seconds[f'ours {name}'].median / batch:.1f} s, peer "
+            f"{seconds[f'peer {name}'].median / batch:.1f} s a sample of {STEPS} steps; peer / ours "
             f"{ratio(seconds[f'peer {name}'], seconds[f'ours {name}'])}; {rate['ours']:.0f} and {rate['peer']:.0f} "
             f"GFLOP/s, a matrix product (wall time) {product:.0f}",
             flush=True,

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_generation_dit import TEXT, TINY, build, inputs, texts
+from test_generation_dit import TEXT, TINY, as_double, build, inputs, texts
 
 from openvision3.generation.condition import Condition
 from openvision3.generation.config import GeneratorConfig
@@ -22,6 +22,7 @@ def test_velocities_are_the_same(config: GeneratorConfig, dtype: torch.dtype) ->
     model, (x, t), condition = build(config), inputs(config), condition_of(config)
     if dtype == torch.float64:
         model, x, t = model.double(), x.double(), t.double()
+        condition = as_double(condition) if config is TEXT else condition
     plain = model(x, t, condition)
     found = evaluator(model)(x, t, condition)
     assert found.dtype == plain.dtype
