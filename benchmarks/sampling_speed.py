@@ -4,10 +4,11 @@
     python benchmarks/sampling_speed.py --dtypes bf16 --batches 1 --steps 2 --rounds 3
 
 Both draw 256 tokens of 1,000 classes from random weights. The peer is `DiTPipeline` with a transformer of width 1,024
-and the depth whose FLOPs are nearest, its DDIM scheduler, and a VAE that does nothing. Few steps are timed and scaled to
-50; the layout of our weights, made once a call, is timed apart. Seconds are the processor's, of all threads together, so that other processes change little; sides take turns, the
-ratio is that of neighbours, with median and quartiles. "automatic" is ours in the faster of both types against the peer
-in bf16: on CPUs without AMX fp32 is the faster one. Needs openvision3[eval].
+and the depth whose FLOPs are nearest, its DDIM scheduler, and a VAE that does nothing. Few steps are timed and scaled
+to 50; the layout of our weights, made once a call, is timed apart. Seconds are the processor's, of all threads
+together, so that other processes change little; sides take turns, the ratio is that of neighbours, with median and
+quartiles. "automatic" is ours in the faster of both types against the peer in bf16: on CPUs without AMX fp32 is the
+faster one. Needs openvision3[eval].
 """
 
 import argparse
@@ -30,7 +31,7 @@ from openvision3.generation.statistics import Normalizer
 CPU = torch.device("cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOKENS, CLASSES, STEPS, GUIDANCE = 256, 1000, 50, 1.5
-DEPTHS = range(16, 24)
+DEPTHS = range(18, 22)
 
 
 class NoVAE(nn.Module):
