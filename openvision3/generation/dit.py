@@ -108,7 +108,7 @@ class DiT(nn.Module):
         time = self.time(t)
         features = self._features(x, time, condition, grid)
         active = F.silu(self.to_head(F.silu(time[:, None] + features)))
-        y = self.head_in(x).to(self.backbone_in.weight.dtype)
+        y = self.head_in(x).to(self.time.frequencies.dtype)
         rope = rope_table(grid, self.config.head.width // self.config.head.num_heads, device=x.device)
         for block in self.head:
             y = self._run(block, y, active, rope, None)
@@ -117,8 +117,8 @@ class DiT(nn.Module):
     def _features(self, x: Tensor, time: Tensor, condition: Condition, grid: tuple[int, int]) -> Tensor:
         """The backbone's output (B, N, W) of the picture's tokens."""
         size = self.config.backbone
-        # The residual stream stays in the weights' dtype (fp32 in training), whatever autocast computes in.
-        positions = fixed_positions(grid, size.width, x.device).to(self.backbone_in.weight.dtype)
+        # The residual stream stays in the buffers' dtype (fp32 in training), whatever the products are computed in.
+        positions = fixed_positions(grid, size.width, x.device).to(self.time.frequencies.dtype)
         y = self.backbone_in(x) + positions
         embedded, prefix = self._embed(condition)
         active = F.silu(F.silu(time + embedded))[:, None]

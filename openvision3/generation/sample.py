@@ -11,6 +11,7 @@ from openvision3.config import OpenVisionError
 from openvision3.generation.condition import Condition
 from openvision3.generation.dit import DiT
 from openvision3.generation.flow import Guidance, guided, integrate, time_grid, token_shift
+from openvision3.generation.inference import evaluator
 from openvision3.generation.statistics import Normalizer
 from openvision3.training.noise import mixed_seed
 
@@ -68,6 +69,6 @@ def sample(
     noise = initial_noise(seed, indices, shape).to(device)
     kind = "cfg" if weak is None else "auto"
     guidance = Guidance(config.guidance, (config.guidance_from, config.guidance_to), kind)
-    velocity = guided(dit, condition, guidance, weak)
+    velocity = guided(evaluator(dit), condition, guidance, None if weak is None else evaluator(weak))
     x = integrate(velocity, noise, time_grid(config.steps, token_shift(*shape)), config.solver)
     return normalizer.denormalize(x.float())
