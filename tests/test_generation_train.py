@@ -303,3 +303,12 @@ def test_classes_come_from_tars(tiny_model: Path, tmp_path: Path) -> None:
         train(named, "cpu")
     with pytest.raises(OpenVisionError, match="is no class of this generator"):
         train(replace(config, generator=replace(generator, num_classes=2), out=str(tmp_path / "few")), "cpu")
+
+
+def test_a_run_starts_from_another_generator(run: Path, tiny_model: Path, tmp_path: Path) -> None:
+    config = small_config(tiny_model, tmp_path / "on", init=str(run), peak_lr=0.0, final_lr=0.0, warmup_samples=0)
+    before, after = stored(run), stored(train(replace(config, samples=4), "cpu"))
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+    wider = replace(SMALL, backbone=StackConfig(32, 2, 2))
+    with pytest.raises(OpenVisionError, match="differ in"):
+        train(small_config(tiny_model, tmp_path / "wider", init=str(run), generator=wider), "cpu")

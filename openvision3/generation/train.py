@@ -22,7 +22,14 @@ from openvision3.generation.conditions import conditions
 from openvision3.generation.config import GeneratorConfig
 from openvision3.generation.data import held_out, latents_of, open_batches
 from openvision3.generation.dit import DiT
-from openvision3.generation.folder import Description, save_generator, text_fingerprint
+from openvision3.generation.folder import (
+    Description,
+    load_weights,
+    read_description,
+    save_generator,
+    text_fingerprint,
+)
+from openvision3.generation.generator import generator_folder
 from openvision3.generation.layers import DiTBlock
 from openvision3.generation.objective import FlowObjective
 from openvision3.generation.sample import SamplerConfig, sample
@@ -154,10 +161,11 @@ def begin(
     for name, value in given.items():
         if state.get(name, value) != value:
             raise OpenVisionError(f"{config.model} or its cached {name} is another than when {folder} began")
-    normalizer = settle_statistics(config, folder, world, space)
     device = space.model.device
     torch.manual_seed(config.seed)
     dit = DiT(config.generator).to(device).train()
+    started = start_from(config.init, dit, space) if config.init else None
+    normalizer = started or settle_statistics(config, folder, world, space)
     dit.checkpoint_blocks = config.checkpoint_blocks
     precision: Precision = world.agree(lambda: settle_precision(config, folder, space, dit, normalizer))
     if config.compile:
@@ -186,6 +194,18 @@ def begin(
     if resume:
         load_checkpoint(resume, run.modules, optimizer, world=saver.world)
     return run
+
+
+def start_from(name: str, dit: DiT, space: PictureSpace) -> Normalizer:
+    """Copies a generator's weights; returns its statistics. Raises `OpenVisionError` where it is another's."""
+    folder = generator_folder(name)
+    source, normalizer = load_weights(folder, read_description(folder), space)
+    mine, theirs = dit.state_dict(), source.state_dict()
+    shapes = [{key: tensor.shape for key, tensor in state.items()} for state in (mine, theirs)]
+    for key, _ in sorted(shapes[0].items() ^ shapes[1].items()):
+        raise OpenVisionError(f"init: {folder} and the recipe's generator differ in {key}")
+    dit.load_state_dict(theirs)
+    return normalizer
 
 
 def settle_statistics(config: GeneratorTrainConfig, folder: Path, world: World, space: PictureSpace) -> Normalizer:

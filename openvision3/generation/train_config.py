@@ -20,6 +20,7 @@ class GeneratorTrainConfig:
     recipe: str
     generator: GeneratorConfig
     model: str = "demo"  # the frozen encoder and decoder: folder, or hub id
+    init: str = ""  # generator folder, or run, to start from: its weights and statistics; empty: random weights
     space: Space = "tokens"
     classes: tuple[str, ...] = ()  # names of the classes; empty: the texts are their numbers
     data: DataConfig = DataConfig()
