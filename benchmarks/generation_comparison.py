@@ -29,7 +29,7 @@ def encoder_commands(work: Path, samples: int) -> list[list[str]]:
     first = samples * 4 // 15
     length = ["--stage1.samples", str(first), "--stage2.samples", str(samples - first)]
     length += ["--stage1.warmup-samples", "1600", "--stage2.warmup-samples", "1600", "--eval-every", "0"]
-    pixels = ["--model.input", "pixels", "--model.patch-size", "16", "--loss.beta", "0"]
+    pixels = ["--model.input", "pixels", "--model.patch-size", "16", "--model.in-channels", "3"]
     alone = ["--model.decoder", "none", "--stage2.lpips-weight", "0"]
     decoder = ["--init", str(work / "understanding" / "model"), "--stage1.samples", str(samples // 2)]
     decoder += ["--stage2.samples", str(samples // 8), "--eval-every", "0", "--loss.pixel-stride", "16"]
