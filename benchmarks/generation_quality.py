@@ -3,11 +3,11 @@
     python benchmarks/generation_quality.py WORK GENERATOR... [--num 1000] [--seeds 0] [--json FILE]
 
 GENERATOR is "demo", or a folder of `ov3 generate train`, whose name the table shows; all read the same prompts: the
-captions of held-out scenes, whose landscapes nothing was trained on. Beside the samples stand two sets of real pictures: the reconstructions of the
-held-out scenes by the generator's own model (the floor of its decoder), and training scenes (the floor of anything that
-learns their landscapes). Distances are FID's where Inception's weights are at hand, else EfficientNet-Lite0's under
-its own names. The classifier is trained first where WORK has none: minutes. WORK keeps all pictures; the same command
-goes on where it was stopped.
+captions of held-out scenes, whose landscapes nothing was trained on. Beside the samples stand two sets of real
+pictures: the reconstructions of the held-out scenes by the generator's own model (the floor of its decoder), and
+training scenes (the floor of anything that learns their landscapes). Distances are FID's where Inception's weights are
+at hand, else EfficientNet-Lite0's under its own names. The classifier is trained first where WORK has none: minutes.
+WORK keeps all pictures; the same command goes on where it was stopped.
 """
 
 import argparse
