@@ -2,8 +2,6 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
-# Files are shared out to two processes; one thread each, or they would wait for one another.
-SHARED := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile
 
 .PHONY: quickstart test test-slow test-hf test-browser lint constraints clean
 
@@ -11,10 +9,10 @@ quickstart: $(VENV)/.stamp-core
 	$(BIN)/ov3 quickstart $(ARGS)
 
 test: lint
-	$(SHARED) $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-slow: $(VENV)/.stamp-dev
-	$(SHARED) -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 # pytest's exit code 5 means that there are no such tests
 test-hf: $(VENV)/.stamp-dev
