@@ -4,10 +4,10 @@
     python benchmarks/sampling_speed.py --dtypes bf16 --batches 1 --steps 2 --rounds 3
 
 Both draw 256 tokens of 1,000 classes from random weights. The peer is `DiTPipeline` with a transformer of width 1,024
-and the depth whose FLOPs are nearest, its DDIM scheduler, and a VAE that does nothing. Few steps are timed and scaled
-to 50; the layout of our weights, made once a call, is timed apart. Seconds are the processor's, of all threads
-together, so that other processes change little; sides take turns, the ratio is that of neighbours, with median and
-quartiles. "automatic" is ours in the faster of both types against the peer in bf16: on CPUs without AMX fp32 is the
+and the depth whose FLOPs are nearest (its seconds are divided by what is left of the difference), its DDIM scheduler,
+and a VAE that does nothing. Few steps are timed and scaled to 50; the layout of our weights, made once a call, is timed
+apart. Seconds are the processor's, of all threads together, so that other processes change little; sides take turns,
+the ratio is that of neighbours, with median and quartiles. "automatic" is ours in the faster of both types against the peer in bf16: on CPUs without AMX fp32 is the
 faster one. Needs openvision3[eval].
 """
 
@@ -119,7 +119,7 @@ def main() -> None:
     other = peer_flops(depth)
     print(machine(CPU), flush=True)
     print(f"ours {one / 1e9:.2f} GFLOPs a pass, {depth} layers of the peer {other / 1e9:.2f}: x {other / one:.3f}")
-    assert abs(other / one - 1) < 0.02, "the peer's arithmetic is not ours"
+    assert abs(other / one - 1) < 0.03, "the peer's arithmetic is not ours"
     ours = randomised(DiT(config))
     assert isinstance(ours, DiT)
     normalizer = Normalizer(torch.zeros(TOKENS, config.token_width), torch.ones(TOKENS, config.token_width))
@@ -127,13 +127,19 @@ def main() -> None:
 
     for batch in options.batches:
         for guidance in options.guidance:
-            compare(ours, normalizer, pipes, batch, guidance, options)
+            compare(ours, normalizer, pipes, batch, guidance, options, other / one)
 
 
 def compare(
-    dit: DiT, normalizer: Normalizer, pipes: dict[str, Any], batch: int, guidance: float, options: argparse.Namespace
+    dit: DiT,
+    normalizer: Normalizer,
+    pipes: dict[str, Any],
+    batch: int,
+    guidance: float,
+    options: argparse.Namespace,
+    arithmetic: float,
 ) -> None:
-    """Times both sides in each dtype, all in turns, and prints the rows."""
+    """Times both sides in each dtype, all in turns, and prints the rows; the peer's seconds for our count of FLOPs."""
     condition = Condition(labels=torch.arange(batch))
     sampler = SamplerConfig(steps=options.steps, guidance=guidance)
 
@@ -156,7 +162,8 @@ def compare(
     for name in pipes:  # the layout of the weights is made once a call, whatever the steps
         once = seconds[f"prepare {name}"].median
         seconds[f"ours {name}"] = scaled(seconds[f"ours {name}"], options.steps, once)
-        seconds[f"peer {name}"] = scaled(seconds[f"peer {name}"], options.steps)
+        theirs_scaled = scaled(seconds[f"peer {name}"], options.steps)
+        seconds[f"peer {name}"] = Spread.of([value / arithmetic for value in theirs_scaled.values])
     passes = STEPS * batch * (1 if guidance == 1 else 2)
     for name in pipes:
         product = limits(CPU, DTYPES[name], 1)["matrix product"].median / 1e9
