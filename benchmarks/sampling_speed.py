@@ -7,8 +7,8 @@ Both draw 256 tokens of 1,000 classes from random weights. The peer is `DiTPipel
 and the depth whose FLOPs are nearest (its seconds are divided by what is left of the difference), its DDIM scheduler,
 and a VAE that does nothing. Few steps are timed and scaled to 50; the layout of our weights, made once a call, is timed
 apart. Seconds are the processor's, of all threads together, so that other processes change little; sides take turns,
-the ratio is that of neighbours, with median and quartiles. "automatic" is ours in the faster of both types against the peer in bf16: on CPUs without AMX fp32 is the
-faster one. Needs openvision3[eval].
+the ratio is that of neighbours, with median and quartiles. "automatic" is ours in the faster of both types against the
+peer in bf16: on CPUs without AMX fp32 is the faster one. Needs openvision3[eval].
 """
 
 import argparse
@@ -38,6 +38,20 @@ class NoVAE(nn.Module):
     """Stands in for a VAE: answers a pixel a latent, so that denoising alone counts."""
 
     config = SimpleNamespace(scaling_factor=1.0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(()))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As the pipeline asks for it."""
+        return self.anchor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """As the pipeline asks for it."""
+        return self.anchor.device
 
     def decode(self, latents: Tensor) -> SimpleNamespace:
         """(B, 4, h, w) -> (B, 3, h, w)"""

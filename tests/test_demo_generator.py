@@ -15,9 +15,8 @@ def test_it_draws_what_it_was_asked_for(tmp_path: Path) -> None:
     assert (DEMO_GENERATOR / "generator.safetensors").stat().st_size <= 14_000_000
     generator = load_generator("demo", device="cpu")
     sampler = SamplerConfig(steps=4, guidance=2.0)
-    pink, same, green = (
-        generator.images([f"a {name}"] * 2, [0, 1], 0, sampler).mean(dim=(2, 3)) for name in ("pig", "pig", "evergreen tree")
-    )
+    prompts = ("a pig", "a pig", "an evergreen tree")
+    pink, same, green = (generator.images([p] * 2, [0, 1], 0, sampler).mean(dim=(2, 3)) for p in prompts)
     assert torch.equal(pink, same)
     assert (pink[:, 0] - pink[:, 1] > green[:, 0] - green[:, 1]).all()  # the prompt decides on red against green
 
