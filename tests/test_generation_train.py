@@ -281,6 +281,17 @@ def test_a_model_without_decoder_or_text_is_refused(tiny_model: Path, tmp_path: 
             train(small_config(folder, tmp_path / "out"), "cpu")
 
 
+def test_other_statistics_at_a_resume_are_refused(run: Path, tiny_model: Path, tmp_path: Path) -> None:
+    at = tmp_path / "run"
+    shutil.copytree(run, at)
+    shutil.rmtree(at / "generator")
+    statistics, record = gather.load_statistics(at / "statistics.safetensors")
+    statistics.update(torch.ones(5, *statistics.mean.shape))
+    gather.save_statistics(at / "statistics.safetensors", statistics, record)
+    with pytest.raises(OpenVisionError, match="statistics: not what it was"):
+        train(small_config(tiny_model, at), "cpu")
+
+
 def test_empty_statistics_are_refused() -> None:
     with pytest.raises(OpenVisionError):
         gather.enough(TokenStatistics(), "a file")

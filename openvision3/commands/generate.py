@@ -118,7 +118,7 @@ def stats(
             if not whole[1].get("done"):
                 raise OpenVisionError(f"{path} is not complete: run its command again")
         shards = [str(record.get("shard")) for _, record in loaded]
-        if len(set(shards)) < len(shards):
+        if len(set(shards)) < len(shards) or len({shard.partition("/")[2] for shard in shards}) > 1:
             raise OpenVisionError(f"the parts overlap: their shards are {', '.join(shards)}")
         total = gather.merged([statistics for statistics, _ in loaded])
         gather.save_statistics(out, total, {**records[0], "shard": "+".join(shards), "done": True})

@@ -1,7 +1,7 @@
 """Statistics of a data set's tokens: made by one process or many, a shard at a time, stopped and resumed, merged."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,16 +25,11 @@ def add_batch(statistics: TokenStatistics, space: PictureSpace, batch: Batch) ->
     statistics.update(space.encode(pixels, latents).cpu())
 
 
-def gather(
-    statistics: TokenStatistics,
-    space: PictureSpace,
-    batches: Iterable[Batch],
-    after: Callable[[int], None] = lambda samples: None,
-) -> TokenStatistics:
-    """Counts all batches in; `after` hears how many samples each had."""
+def gather(space: PictureSpace, batches: Iterable[Batch]) -> TokenStatistics:
+    """The statistics of all batches."""
+    statistics = TokenStatistics()
     for batch in batches:
         add_batch(statistics, space, batch)
-        after(len(batch.positions))
     return statistics
 
 

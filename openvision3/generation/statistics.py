@@ -1,5 +1,7 @@
 """Exact statistics of unified tokens over a data set, and the normalisation by them."""
 
+import hashlib
+
 import torch
 from torch import Tensor, nn
 
@@ -108,6 +110,11 @@ class Normalizer(nn.Module):
     def of(cls, statistics: TokenStatistics, eps: float = 1e-5) -> "Normalizer":
         """The normaliser of a data set's tokens."""
         return cls(statistics.mean.cpu(), statistics.std.cpu(), eps)
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of mean and standard deviation."""
+        both = torch.stack([self.mean, self.std]).cpu().numpy()
+        return hashlib.sha256(both.tobytes()).hexdigest()
 
     def normalize(self, tokens: Tensor) -> Tensor:
         """Tokens (B, N, D) -> the same, normalised, in fp32; raises `OpenVisionError` for another grid."""

@@ -155,17 +155,18 @@ def begin(
 ) -> Run:
     """Builds or loads what the run trains."""
     state = read_state(resume) if resume else {}
-    given = {"space": space.fingerprint, "latents": latents_of(config, space.model)[1]}
-    if config.generator.condition == "text":
-        given["text"] = text_fingerprint(space.model)
-    for name, value in given.items():
-        if state.get(name, value) != value:
-            raise OpenVisionError(f"{config.model} or its cached {name} is another than when {folder} began")
     device = space.model.device
     torch.manual_seed(config.seed)
     dit = DiT(config.generator).to(device).train()
     started = start_from(config.init, dit, space) if config.init else None
     normalizer = started or settle_statistics(config, folder, world, space)
+    given = {"space": space.fingerprint, "latents": latents_of(config, space.model)[1]}
+    given["statistics"] = normalizer.fingerprint()
+    if config.generator.condition == "text":
+        given["text"] = text_fingerprint(space.model)
+    for name, value in given.items():
+        if state.get(name, value) != value:
+            raise OpenVisionError(f"{name}: not what it was when {folder} began; it can't be resumed")
     dit.checkpoint_blocks = config.checkpoint_blocks
     precision: Precision = world.agree(lambda: settle_precision(config, folder, space, dit, normalizer))
     if config.compile:
@@ -215,7 +216,7 @@ def settle_statistics(config: GeneratorTrainConfig, folder: Path, world: World, 
     if not there:
         if world.rank == 0:
             print(f"gathering the statistics of {config.statistics_samples:,} samples' tokens")
-        total = gather.gather(TokenStatistics(), space, statistics_batches(config, folder, world, space))
+        total = gather.gather(space, statistics_batches(config, folder, world, space))
         parts = [TokenStatistics.from_state(state) for state in world.gather_objects(total.state())]
         if world.rank == 0:
             found = gather.merged(parts)
