@@ -41,13 +41,13 @@ $(VENV)/.stamp-core: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-core
 	@echo "Installing what lint and tests need into $(VENV)"
-	$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt -e '.[eval,remote,dev]'
+	$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt -e '.[eval,vlm,remote,dev]'
 	@touch $@
 
 # A fresh resolution of the newest versions that pyproject.toml allows; torch and torchvision stay as pinned.
 constraints: $(BIN)/python
 	grep -E '^(torch|torchvision)==' constraints.txt > constraints.tmp
-	$(BIN)/python -m pip install -qq --dry-run --ignore-installed --report report.tmp -c constraints.tmp '.[eval,remote,dev]'
+	$(BIN)/python -m pip install -qq --dry-run --ignore-installed --report report.tmp -c constraints.tmp '.[eval,vlm,remote,dev]'
 	{ grep '^#' constraints.txt; $(BIN)/python -c 'import json; print("\n".join(sorted(( \
 	  p["name"] + "==" + p["version"] for p in (i["metadata"] for i in json.load(open("report.tmp"))["install"]) \
 	  if p["name"] != "openvision3" and not p["name"].startswith(("nvidia-", "cuda-", "triton", "setuptools"))), \
