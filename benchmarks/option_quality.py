@@ -1,6 +1,6 @@
 """Prints what a training option costs in quality: runs with it against runs without, paired by seed.
 
-    python benchmarks/option_quality.py --without runs/all_{0,1,2} --with runs/some_{0,1,2} [--samples 4000] [--json F]
+    python benchmarks/option_quality.py --without runs/all_{0,1,2} --with runs/some_{0,1,2} [--samples 4000] [--parts zeroshot] [--json F]
 
 Each run is a folder of `ov3 train` (or a model folder); the n-th of one list and of the other have the same seed. The
 figures are those of held-out scenes of the benchmark's distribution, more of them than the benchmark has, so that
@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,29 +37,34 @@ def main() -> None:
     parser.add_argument("--without", nargs="+", type=Path, required=True)
     parser.add_argument("--with", nargs="+", type=Path, required=True, dest="with_option")
     parser.add_argument("--samples", type=int, default=4000)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if len(options.without) != len(options.with_option):
         raise OpenVisionError("--without and --with need the same number of runs, paired by seed")
     without, with_option = (
-        [evaluate(path, options.samples) for path in paths] for paths in (options.without, options.with_option)
+        [evaluate(path, options.samples, options.parts) for path in paths] for paths in (options.without, options.with_option)
     )
     print(table(without, with_option))
     if options.json:
         options.json.write_text(json.dumps({"without": without, "with": with_option}, indent=2) + "\n")
 
 
-def evaluate(path: Path, samples: int) -> dict[str, float]:
+def evaluate(path: Path, samples: int, parts: Sequence[str] = PARTS) -> dict[str, float]:
     """The figures of one run."""
     model = openvision3.load(str(path / "model" if (path / "model").is_dir() else path))
-    found: dict[str, Any] = evaluate_all(model, BENCHMARK, PARTS, samples, landscapes=False)
-    return {name: factor * found[part][entry] for name, (part, entry, factor, _, _) in FIGURES.items()}
+    found: dict[str, Any] = evaluate_all(model, BENCHMARK, tuple(parts), samples, landscapes=False)
+    return {
+        name: factor * found[part][entry] for name, (part, entry, factor, _, _) in FIGURES.items() if part in parts
+    }
 
 
 def table(without: list[dict[str, float]], with_option: list[dict[str, float]]) -> str:
     """Means, and the mean difference with its interval."""
     lines = ["| | without | with | difference, 90 % interval | allowed |", "|---|---|---|---|---|"]
     for name, (_, _, _, unit, allowed) in FIGURES.items():
+        if name not in without[0]:
+            continue
         pairs = [(a[name], b[name]) for a, b in zip(without, with_option, strict=True)]
         means = [statistics.mean(values) for values in zip(*pairs, strict=True)]
         mean, half = interval([b - a for a, b in pairs])
