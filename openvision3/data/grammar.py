@@ -171,6 +171,32 @@ def _length(text: str) -> int:
     return len(re.findall(r"[a-z]+|[-,]", text)) + sum(text.count(f"{number} ") for number in NUMBERS[1:])
 
 
+SCENE_QUESTION = "Where is this?"
+CAPTION_QUESTION = "Describe the picture."
+
+
+def presence_question(name: str) -> str:
+    """Asks whether the picture shows that thing."""
+    return f"Is there {noun_phrase(name)} in the picture?"
+
+
+def count_question(name: str) -> str:
+    """Asks how many of that thing the picture shows."""
+    return f"How many {plural(name)} are in the picture?"
+
+
+def relation_question(a: str, relation: str, b: str) -> str:
+    """Asks whether the one thing `a` is on that side of the one thing `b`; `relation` is one of RELATIONS."""
+    return f"Is the {singular(a)} {RELATION_PHRASES[relation]} the {singular(b)}?"
+
+
+def statable_relations(scene: Scene) -> list[tuple[str, str, str]]:
+    """Each (a, relation, b) that a question may ask: things that are there once, far enough apart on that axis."""
+    groups = Counter(thing.name for thing in scene.things)
+    singles = [thing for thing in scene.things if groups[thing.name] == 1]
+    return [(a.name, relation, b.name) for a, relation, b in _statable(singles)]
+
+
 def questions(scene: Scene, names: Sequence[str] | None = None) -> list[dict[str, str]]:
     """Questions with answers: {type: presence | count | relation | scene, question, answer}.
 
@@ -185,21 +211,20 @@ def questions(scene: Scene, names: Sequence[str] | None = None) -> list[dict[str
     def ask(kind: str, question: str, answer: str) -> None:
         asked.append({"type": kind, "question": question, "answer": answer})
 
-    ask("presence", f"Is there {noun_phrase(present[0])} in the picture?", "yes")
+    ask("presence", presence_question(present[0]), "yes")
     absent = every[int(rng.random() * len(every))]
     if absent not in groups:
-        ask("presence", f"Is there {noun_phrase(absent)} in the picture?", "no")
+        ask("presence", presence_question(absent), "no")
     counted = present[-1]
-    ask("count", f"How many {plural(counted)} are in the picture?", NUMBERS[groups[counted] - 1])
-    statable = _statable([thing for thing in scene.things if groups[thing.name] == 1])
+    ask("count", count_question(counted), NUMBERS[groups[counted] - 1])
+    statable = statable_relations(scene)
     if statable:
         a, relation, b = statable[int(rng.random() * len(statable))]
         right = rng.random() < 0.5
-        phrase = RELATION_PHRASES[relation if right else OPPOSITE[relation]]
-        question = f"Is the {singular(a.name)} {phrase} the {singular(b.name)}?"
+        question = relation_question(a, relation if right else OPPOSITE[relation], b)
         ask("relation", question, "yes" if right else "no")
     if word := scene_word(scene):
-        ask("scene", "Where is this?", SCENE_PHRASES[word])
+        ask("scene", SCENE_QUESTION, SCENE_PHRASES[word])
     return asked
 
 
