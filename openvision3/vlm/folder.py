@@ -1,5 +1,8 @@
 """A vision-language model's folder: what plain transformers loads, with `import openvision3.hub.hf` before."""
 
+import json
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,9 +10,10 @@ from typing import Any
 import torch
 
 import openvision3.hub.hf  # noqa: F401  transformers must know our towers
-from openvision3.config import OpenVisionError
+from openvision3.config import OpenVisionError, to_dict
 
 DEMO = "demo"
+DEMO_FOLDER = Path(__file__).parents[1] / "weights" / "demo_vlm"
 
 
 @dataclass
@@ -34,8 +38,11 @@ def load_vlm(name: str = DEMO, device: str | torch.device = "cpu", dtype: torch.
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     folder = Path(name).expanduser()
-    if name == DEMO:
-        raise OpenVisionError("there is no demo VLM yet")
+    if name == DEMO or (folder / "adapter.json").is_file():
+        from openvision3.vlm.lora import load_adapter
+
+        found = load_adapter(DEMO_FOLDER if name == DEMO else folder)
+        return VLM(found.model.to(device, dtype).eval(), found.processor, str(name))
     if not (folder / "config.json").is_file():
         raise OpenVisionError(f"{folder} holds no vision-language model: expected a folder of `ov3 vlm train`")
     try:
@@ -44,3 +51,20 @@ def load_vlm(name: str = DEMO, device: str | torch.device = "cpu", dtype: torch.
     except (OSError, ValueError, KeyError) as error:
         raise OpenVisionError(f"{folder}: {str(error).splitlines()[0]}") from None
     return VLM(model.to(device).eval(), processor, str(name))
+
+
+def save_vlm(folder: Path, vlm: VLM, config: Any) -> None:
+    """Writes a folder, not there yet, that transformers loads; it appears whole or not at all.
+
+    `config`, a dataclass, says how it was trained, in `training.json`.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    vlm.model.config.use_cache = True
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        whole = Path(temporary) / "model"
+        vlm.model.save_pretrained(whole)
+        vlm.processor.save_pretrained(whole)
+        (whole / "training.json").write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+        for path in whole.iterdir():
+            shutil.copymode(whole / "training.json", path)  # safetensors' files may be read by their owner alone
+        whole.replace(folder)
