@@ -1,6 +1,7 @@
 """Prints what a training option costs in quality: runs with it against runs without, paired by seed.
 
-    python benchmarks/option_quality.py --without runs/all_{0,1,2} --with runs/some_{0,1,2} [--samples 4000] [--parts zeroshot] [--json F]
+    python benchmarks/option_quality.py --without runs/all_{0,1,2} --with runs/some_{0,1,2}
+        [--samples 4000] [--parts zeroshot] [--json F]
 
 Each run is a folder of `ov3 train` (or a model folder); the n-th of one list and of the other have the same seed. The
 figures are those of held-out scenes of the benchmark's distribution, more of them than the benchmark has, so that
@@ -43,7 +44,8 @@ def main() -> None:
     if len(options.without) != len(options.with_option):
         raise OpenVisionError("--without and --with need the same number of runs, paired by seed")
     without, with_option = (
-        [evaluate(path, options.samples, options.parts) for path in paths] for paths in (options.without, options.with_option)
+        [evaluate(path, options.samples, options.parts) for path in paths]
+        for paths in (options.without, options.with_option)
     )
     print(table(without, with_option))
     if options.json:
@@ -54,9 +56,7 @@ def evaluate(path: Path, samples: int, parts: Sequence[str] = PARTS) -> dict[str
     """The figures of one run."""
     model = openvision3.load(str(path / "model" if (path / "model").is_dir() else path))
     found: dict[str, Any] = evaluate_all(model, BENCHMARK, tuple(parts), samples, landscapes=False)
-    return {
-        name: factor * found[part][entry] for name, (part, entry, factor, _, _) in FIGURES.items() if part in parts
-    }
+    return {name: factor * found[part][entry] for name, (part, entry, factor, _, _) in FIGURES.items() if part in parts}
 
 
 def table(without: list[dict[str, float]], with_option: list[dict[str, float]]) -> str:
