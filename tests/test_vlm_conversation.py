@@ -1,0 +1,138 @@
+"""Token ids and label masks of conversations, against arrays written by hand and transformers' own processors."""
+
+import pytest
+import torch
+import vlm_models
+from PIL import Image
+from transformers import LlamaForCausalLM
+
+from openvision3.config import OpenVisionError
+from openvision3.vlm.assemble import add_image_token, assemble, open_tower
+from openvision3.vlm.conversation import IMAGE, UnusableConversation, encode, render
+from openvision3.vlm.data import Collate, Conversation, EncodedConversations, picture_tokens
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vlm")
+    return vlm_models.save_tower(folder / "tower"), vlm_models.save_language_model(folder / "lm")
+
+
+def built(folders, kind="llava", tiles=((1, 2), (2, 1), (2, 2))):
+    tower, language_model = folders
+    return assemble(
+        open_tower(str(tower)), LlamaForCausalLM.from_pretrained(language_model), vlm_models.tokenizer(), kind, tiles
+    )
+
+
+@pytest.fixture(scope="module")
+def words(folders):
+    found = vlm_models.tokenizer()
+    add_image_token(found, LlamaForCausalLM.from_pretrained(folders[1]))
+    return found
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def answer(text):
+    return {"role": "assistant", "content": text}
+
+
+def pieces(words, found):
+    return words.convert_ids_to_tokens(found.ids), [
+        word if label >= 0 else "." for word, label in zip(words.convert_ids_to_tokens(found.ids), found.labels, strict=True)
+    ]
+
+
+def test_one_turn(words):
+    found = encode(words, [user(f"{IMAGE}\nhow many"), answer("one key")], [2], 100)
+    tokens, learned = pieces(words, found)
+    assert tokens.count(IMAGE) == 2 and tokens[-3:] == ["one", "key", "[EOS]"]
+    assert learned == ["."] * (len(tokens) - 3) + ["one", "key", "[EOS]"]
+
+
+def test_literal_arrays(words):
+    """Two turns and two pictures: every id and label, written out."""
+    ids = {word: words.convert_tokens_to_ids(word) for word in ("[BOS]", "[EOS]", IMAGE, "one", "two", "three", "key")}
+    role = {name: words(f"{name} : ", add_special_tokens=False)["input_ids"] for name in ("user", "assistant")}
+    b, e, i = ids["[BOS]"], ids["[EOS]"], ids[IMAGE]
+    found = encode(
+        words, [user(f"{IMAGE}{IMAGE} key"), answer("two key"), user("one"), answer("three")], [3, 1], 100
+    )
+    expected = [b, *role["user"], i, i, i, i, ids["key"], e, b, *role["assistant"], ids["two"], ids["key"], e]
+    expected += [b, *role["user"], ids["one"], e, b, *role["assistant"], ids["three"], e]
+    assert found.ids == expected
+    skip, u, a = -100, len(role["user"]), len(role["assistant"])
+    labels = [skip] * (1 + u + 4 + 2 + 1 + a) + [ids["two"], ids["key"], e]
+    labels += [skip] * (1 + u + 2 + 1 + a) + [ids["three"], e]
+    assert found.labels == labels
+
+    cut = encode(words, [user(f"{IMAGE}{IMAGE} key"), answer("two key"), user("one"), answer("three")], [3, 1], 20)
+    assert cut.ids == expected[:20] and cut.labels == labels[:20]
+
+
+def test_plain(words):
+    found = encode(words, [user(f"what is it ?\n{IMAGE}"), answer("one key")], [3], 100, "plain")
+    i = words.convert_tokens_to_ids(IMAGE)
+    learned = [words.convert_tokens_to_ids(word) for word in ("one", "key", "[EOS]")]
+    assert found.ids[-6:] == [i, i, i, *learned]
+    assert found.labels == [-100] * (len(found.ids) - 3) + learned
+
+
+def test_unusable(words):
+    turns = [user(f"{IMAGE} key"), answer("one")]
+    for pictures, length, said in (
+        ([], 100, "hold 1 of <image>, its pictures are 0"),
+        ([2, 2], 100, "its pictures are 2"),
+        ([50], 20, "beyond max_length 20"),
+        ([2], 8, "no answer is left"),
+    ):
+        with pytest.raises(UnusableConversation, match=said):
+            encode(words, turns, pictures, length)
+    with pytest.raises(UnusableConversation, match="an answer holds"):
+        encode(words, [user("key"), answer(IMAGE)], [1], 100)
+    with pytest.raises(UnusableConversation, match="no answer"):
+        encode(words, [user("key")], [], 100)
+    forgetful = vlm_models.tokenizer()
+    forgetful.chat_template = "{{ messages[-1]['content'] }}"
+    with pytest.raises(OpenVisionError, match="from left to right"):
+        encode(forgetful, [user("key"), answer("one"), user("two"), answer("three")], [], 100)
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava_next"])
+def test_as_transformers(folders, kind):
+    """Ids, pictures and the number of tokens of each are those of transformers' processor."""
+    vlm = built(folders, kind)
+    pictures = [Image.new("RGB", (70, 40), (200, 10, 10)), Image.new("RGB", (32, 96), (10, 200, 10))]
+    for some in ([pictures[0]], pictures):
+        content = [{"type": "image"}] * len(some) + [{"type": "text", "text": "how many"}]
+        prompt = vlm.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        theirs = vlm.processor(images=some, text=prompt, return_tensors="pt", add_special_tokens=False)
+        messages = [user(f"{IMAGE}\n" * len(some) + "how many"), answer("two")]
+        data = EncodedConversations(None, [], vlm.processor, 500, "chat")  # type: ignore[arg-type]
+        ours = data.encoded(Conversation("k", messages, some))
+        length = theirs["input_ids"].shape[1]
+        assert ours["input_ids"][:length].tolist() == theirs["input_ids"][0].tolist()
+        assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
+        assert (ours["labels"][:length] == -100).all() and (ours["labels"][length:] >= 0).all()
+        batch = Collate(vlm.processor)([ours, ours])
+        batch.pop("bad")
+        logits = vlm.model(**{**batch, "logits_to_keep": 0, "labels": None}).logits
+        assert logits.shape[:2] == batch["input_ids"].shape
+
+
+def test_tiles_change_the_number_of_tokens(folders):
+    vlm = built(folders, "llava_next")
+    wide, square = Image.new("RGB", (64, 32)), Image.new("RGB", (32, 32))
+    counts = []
+    for picture in (wide, square):
+        made = dict(vlm.processor.image_processor([picture], return_tensors="pt"))
+        counts += picture_tokens(vlm.processor, [picture], made)
+    assert counts[0] == 4 + 2 * (4 + 1)  # the whole, and two rows of four with a token that ends each
+    assert counts[1] != counts[0]
+
+
+def test_open_answer(words):
+    assert render(words, [user("key")], open_answer=True).endswith("[BOS]assistant : ")
