@@ -25,11 +25,12 @@ class VLMDataConfig:
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Low-rank updates of all linear layers of the language model (arXiv 2106.09685)."""
+    """Low-rank updates of linear layers of the language model's blocks (arXiv 2106.09685)."""
 
     rank: int = 128
     alpha: float = 256.0
     dropout: float = 0.0
+    layers: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,8 @@ class SceneConversations(Conversations):
         return self.count
 
     def words(self, number: int) -> int:
-        """The same for all."""
-        return 0
+        """Of the whole conversation."""
+        return sum(len(question.split()) + len(answer.split()) for question, answer in self._asked(self._scene(number)))
 
     def pictures(self, number: int) -> int:
         """One."""
@@ -76,15 +76,20 @@ class SceneConversations(Conversations):
 
     def read(self, number: int) -> Conversation:
         """Of the scene with that number."""
-        scene = demo.scene(self.config, self.split, self.seed, number)
-        asked = [(grammar.CAPTION_QUESTION, grammar.captions(scene).caption)]
-        if self.kind == "questions":
-            asked = scene_questions(scene, random.Random(f"conversation {scene.key}"))
+        scene = self._scene(number)
         messages: list[Message] = []
-        for question, answer in asked:
+        for question, answer in self._asked(scene):
             content = question if messages else f"{IMAGE}\n{question}"
             messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
         return Conversation(scene.key, messages, [Image.fromarray(demo.render(scene, self.side))])
+
+    def _scene(self, number: int) -> demo.Scene:
+        return demo.scene(self.config, self.split, self.seed, number)
+
+    def _asked(self, scene: demo.Scene) -> list[tuple[str, str]]:
+        if self.kind == "captions":
+            return [(grammar.CAPTION_QUESTION, grammar.captions(scene).caption)]
+        return scene_questions(scene, random.Random(f"conversation {scene.key}"))
 
 
 def scene_questions(scene: demo.Scene, rng: random.Random) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ _PROJECTOR = "model.multi_modal_projector."
 
 
 class Adapter:
-    """peft's LoRA on every linear layer of the language model's blocks, in place; the output matrix stays."""
+    """peft's LoRA on linear layers of the language model's blocks, in place; the output matrix stays."""
 
     def __init__(self, model: Any, config: LoRAConfig):
         try:
@@ -29,7 +29,7 @@ class Adapter:
             r=config.rank,
             lora_alpha=config.alpha,  # type: ignore[arg-type]
             lora_dropout=config.dropout,
-            target_modules=r".*_proj",
+            target_modules=list(config.layers),
         )
         self.tuner: Any = LoraModel(model.model.language_model, {"default": settings}, "default")
 

@@ -231,6 +231,7 @@ def _arguments(
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=[],
+        ddp_find_unused_parameters=False,
         seed=config.seed,
         **sharded,
     )
