@@ -2,6 +2,8 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
+# Files are shared out to two processes; one thread each, or they would wait for one another.
+SHARED := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile
 
 .PHONY: quickstart test test-slow test-hf test-browser lint constraints clean
 
@@ -9,10 +11,10 @@ quickstart: $(VENV)/.stamp-core
 	$(BIN)/ov3 quickstart $(ARGS)
 
 test: lint
-	$(PYTEST) $(ARGS)
+	$(SHARED) $(ARGS)
 
 test-slow: $(VENV)/.stamp-dev
-	$(PYTEST) -m slow $(ARGS)
+	$(SHARED) -m slow $(ARGS)
 
 # pytest's exit code 5 means that there are no such tests
 test-hf: $(VENV)/.stamp-dev

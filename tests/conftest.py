@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,17 @@ _deselected: Counter[str] = Counter()
 def pytest_deselected(items: list[pytest.Item]) -> None:
     for item in items:
         _deselected.update(marker for marker in LEFT_OUT if item.get_closest_marker(marker))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (output := getattr(session.config, "workeroutput", None)) is not None:  # of one of several processes
+        output["deselected"] = dict(_deselected)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    global _deselected
+    _deselected |= Counter(getattr(node, "workeroutput", {}).get("deselected", {}))  # each has seen them all
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
