@@ -42,7 +42,8 @@ def answer(text):
 
 def pieces(words, found):
     return words.convert_ids_to_tokens(found.ids), [
-        word if label >= 0 else "." for word, label in zip(words.convert_ids_to_tokens(found.ids), found.labels, strict=True)
+        word if label >= 0 else "."
+        for word, label in zip(words.convert_ids_to_tokens(found.ids), found.labels, strict=True)
     ]
 
 
@@ -58,9 +59,7 @@ def test_literal_arrays(words):
     ids = {word: words.convert_tokens_to_ids(word) for word in ("[BOS]", "[EOS]", IMAGE, "one", "two", "three", "key")}
     role = {name: words(f"{name} : ", add_special_tokens=False)["input_ids"] for name in ("user", "assistant")}
     b, e, i = ids["[BOS]"], ids["[EOS]"], ids[IMAGE]
-    found = encode(
-        words, [user(f"{IMAGE}{IMAGE} key"), answer("two key"), user("one"), answer("three")], [3, 1], 100
-    )
+    found = encode(words, [user(f"{IMAGE}{IMAGE} key"), answer("two key"), user("one"), answer("three")], [3, 1], 100)
     expected = [b, *role["user"], i, i, i, i, ids["key"], e, b, *role["assistant"], ids["two"], ids["key"], e]
     expected += [b, *role["user"], ids["one"], e, b, *role["assistant"], ids["three"], e]
     assert found.ids == expected

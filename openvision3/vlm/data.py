@@ -205,7 +205,7 @@ class _Tars:
         for path in paths:
             if not isinstance(path, Path):
                 raise OpenVisionError(f"{path}: tars of pictures must be local files")
-            for entry in open_index(path).entries():
+            for entry in open_index(path).entries:
                 for extension, (offset, size) in entry.members.items():
                     self.places[f"{entry.key}.{extension}"] = (path, offset, size)
 
