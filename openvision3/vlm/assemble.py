@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import openvision3.hub.hf as hf
 from openvision3.config import OpenVisionError
@@ -181,3 +181,27 @@ def add_image_token(tokenizer: Any, language_model: Any) -> None:
     with torch.no_grad():
         for layer in (language_model.get_input_embeddings(), language_model.get_output_embeddings()):
             layer.weight[rows:] = mean.to(layer.weight.dtype)
+
+
+@torch.no_grad()
+def calibrate_projector(model: Any, pixel_values: Tensor) -> None:
+    """Scales a new projector so that what it makes of pictures (n, 3, H, W) is as large as the text's embeddings.
+
+    Of its inputs, the first layer's products are then of order one. Without this the tokens of an encoder whose last
+    state has no norm (OpenVision 3's: rms 5) enter the language model 10 to 80 times larger than words: its blocks add
+    nothing to them, and gradients of the projector vanish in its norms. The recipe of LLaVA does not have it.
+    """
+    config, projector = model.config, model.model.multi_modal_projector
+    states = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+    tokens = states[config.vision_feature_layer]
+    if config.vision_feature_select_strategy == "default":
+        tokens = tokens[:, 1:]
+    projector.linear_1.weight /= rms(tokens)
+    factor = rms(model.get_input_embeddings().weight) / rms(projector(tokens))
+    projector.linear_2.weight *= factor
+    projector.linear_2.bias *= factor
+
+
+def rms(tensor: Tensor) -> Tensor:
+    """Root of the mean square of all elements."""
+    return tensor.float().square().mean().sqrt()

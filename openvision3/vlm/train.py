@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from openvision3.training.monitor import Monitor
 from openvision3.training.parallel import open_world
 from openvision3.training.precision import Precision, autocast, choose_precision
 from openvision3.training.run_folder import RunInterrupted, StopRequest, record_environment, recorded_environment
-from openvision3.vlm.assemble import assemble, open_tower
+from openvision3.vlm.assemble import assemble, calibrate_projector, open_tower
 from openvision3.vlm.config import VLMStageConfig, VLMTrainConfig, validate
 from openvision3.vlm.conversation import IGNORED
 from openvision3.vlm.data import Collate, Conversations, EncodedConversations, open_conversations, order
@@ -29,6 +30,7 @@ from openvision3.vlm.folder import VLM, save_vlm
 from openvision3.vlm.language_model import open_language_model
 from openvision3.vlm.lora import Adapter
 
+CALIBRATED = 16  # conversations with pictures, whose tokens set the scale of a new projector
 TRAINED = "trained.safetensors"  # of a checkpoint: the weights that learn, under the model's names
 
 
@@ -55,7 +57,7 @@ def train(config: VLMTrainConfig, device: str = "auto") -> Path:
             for name, stage in (("stage1", config.stage1), ("stage2", config.stage2)):
                 adapter = prepare(vlm, stage, adapter)
                 conversations = world.agree(lambda stage=stage: _conversations(config, stage, side))
-                train_stage(config, folder / name, vlm, stage, conversations, world, place, stop)
+                train_stage(config, folder / name, vlm, stage, conversations, world, place, stop, name == "stage1")
             vlm.model.to("cpu")
             if world.rank == 0:
                 if adapter is not None:
@@ -103,8 +105,12 @@ def train_stage(
     world: World,
     device: torch.device,
     stop: StopRequest,
+    calibrate: bool = False,
 ) -> None:
-    """Trains one stage from its last checkpoint on; where it is complete, loads what it ended with."""
+    """Trains one stage from its last checkpoint on; where it is complete, loads what it ended with.
+
+    `calibrate` scales a projector that is new by the stage's first pictures (`calibrate_projector`).
+    """
     done = folder / TRAINED
     if world.agree(done.exists):
         load_trained(vlm.model, done)
@@ -121,13 +127,15 @@ def train_stage(
     numbers = order(conversations, steps * stage.batch_size, stage.batch_size, per_picture, config.seed)
     data = EncodedConversations(conversations, numbers, vlm.processor, config.max_length, stage.data.template)
     collate = Collate(vlm.processor)
+    checkpoint = _latest(folder)
+    if calibrate and not checkpoint:
+        _calibrate(vlm, data)
     precision = world.agree(lambda: _settle_precision(config, folder, vlm, data, collate, device))
     say = f"{folder.name}: {steps:,} steps of {stage.batch_size}, {_trained_count(vlm.model) / 1e6:.2f} M weights learn"
     arguments = _arguments(config, stage, folder, steps, micro, share // micro, precision, device)
     with _monitor(folder, steps, stage.batch_size, world) as monitor:
         records = _Records(monitor, stage, stop, world, arguments)
         trainer = _Trainer(vlm.model, arguments, data, collate, stage, records)
-        checkpoint = _latest(folder)
         if monitor is not None:
             monitor.say(say + (f", from {checkpoint.name} on" if checkpoint else ""))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -144,6 +152,14 @@ def train_stage(
         for old in folder.glob("checkpoint-*"):
             shutil.rmtree(old)
     world.agree(lambda: None)
+
+
+def _calibrate(vlm: VLM, data: EncodedConversations) -> None:
+    """By the pictures of the first positions that have some; the same in every process."""
+    with_pictures = (row for row in map(data.__getitem__, range(len(data))) if "pixel_values" in row)
+    first = list(islice(with_pictures, CALIBRATED))
+    if first:
+        calibrate_projector(vlm.model.float(), torch.cat([row["pixel_values"].flatten(0, -4) for row in first]))
 
 
 def _trained_count(model: nn.Module) -> int:
