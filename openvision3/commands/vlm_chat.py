@@ -1,12 +1,13 @@
 """`ov3 vlm chat`: questions about a picture, in the terminal."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from openvision3.commands.vlm_model import WhereOptions, load
 from openvision3.config import OpenVisionError
 
 if TYPE_CHECKING:
@@ -18,15 +19,13 @@ HELP = "/image FILE takes another picture, /reset forgets what was said, Ctrl-D 
 
 
 @dataclass(frozen=True)
-class ChatOptions:
-    """The picture, the model, and where it runs."""
+class ChatOptions(WhereOptions):
+    """The picture, the model and the question."""
 
-    image: Path  # the picture
+    image: Path = field(kw_only=True)  # the picture
     model: str = "demo"  # "demo", or a folder of `ov3 vlm train` or of any LLaVA
     question: str = ""  # answer this and end; empty: ask in the terminal, or read standard input to its end
     max_new_tokens: int = 256  # of an answer
-    device: str = "auto"  # auto: cuda, then mps, then cpu; or cpu, cuda, cuda:1, mps
-    dtype: Literal["fp32", "bf16"] = "fp32"  # of weights and arithmetic
 
 
 def chat(options: Annotated[ChatOptions, tyro.conf.arg(name="")]) -> int:
@@ -40,15 +39,7 @@ def chat(options: Annotated[ChatOptions, tyro.conf.arg(name="")]) -> int:
     question = options.question or ("" if asks else _from_stdin())
     if not asks and not question:
         raise OpenVisionError("there is no question: give --question TEXT, or one on standard input")
-    import torch
-
-    from openvision3.training.precision import resolve_device
-    from openvision3.vlm.folder import load_vlm
-
-    dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
-    conversation = Conversation(
-        load_vlm(options.model, resolve_device(options.device), dtype), picture, options.max_new_tokens
-    )
+    conversation = Conversation(load(options.model, options), picture, options.max_new_tokens)
     if asks:
         print(HELP, file=sys.stderr)
         _loop(conversation)

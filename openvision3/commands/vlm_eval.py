@@ -2,12 +2,13 @@
 
 import sys
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
 from openvision3.commands import common
 from openvision3.commands.batching import OutputOptions
+from openvision3.commands.vlm_model import WhereOptions, load
 from openvision3.config import OpenVisionError, SceneConfig
 from openvision3.vlm.scenes_questions import PER_SCENE, SUITE
 
@@ -20,16 +21,14 @@ DETAILS = {
 
 
 @dataclass(frozen=True)
-class VLMEvalOptions:
-    """What is asked, and where the model runs."""
+class VLMEvalOptions(WhereOptions):
+    """What is asked."""
 
     suite: str = SUITE  # or a benchmark of lmms-eval (docs/VLM.md)
     num: int = 0  # scenes-vqa: scenes of each kind of question, 0 for 300; others: samples, 0 for all
     blind: bool = False  # scenes-vqa: grey in every picture's place
     num_names: int = 494  # scenes-vqa: how many of the demo's names occur
     batch_size: int = 8
-    device: str = "auto"  # auto: cuda, then mps, then cpu; or cpu, cuda, cuda:1, mps
-    dtype: Literal["fp32", "bf16"] = "fp32"  # of weights and arithmetic
 
 
 Options = Annotated[VLMEvalOptions, tyro.conf.arg(name=""), tyro.conf.FlagCreatePairsOff]
@@ -54,15 +53,9 @@ def vlm_eval(
         from openvision3.vlm.lmms import run_lmms
 
         return run_lmms(options.suite, model, options.num or None, output.json)
-    import torch
-
-    from openvision3.training.precision import resolve_device
-    from openvision3.vlm.folder import load_vlm
     from openvision3.vlm.scenes_vqa import scenes_vqa
 
-    dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
-    vlm = load_vlm(model, resolve_device(options.device), dtype)
-    num = options.num or 300
+    vlm, num = load(model, options), options.num or 300
     with common.Progress(PER_SCENE * num, "questions") as progress:
         figures = scenes_vqa(
             vlm,

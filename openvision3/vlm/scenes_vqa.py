@@ -18,7 +18,7 @@ from openvision3.vlm.folder import VLM
 from openvision3.vlm.scenes_questions import NEGATIVES, SCENES, SEED, SPLIT, SUITE, Kind, Question, ask_all
 
 KINDS: tuple[Kind, ...] = ("presence", "count", "relation", "scene", "caption")
-EXAMPLES = 5  # of unreadable answers that are shown
+EXAMPLES = 5  # of unreadable answers that are shown, all different
 SHORT, CAPTION = 16, 64  # tokens of an answer, at most
 PROTOCOL = (
     "greedy answers; yes and no are read from the answer's first word (POPE itself takes all that is not no for yes), "
@@ -168,7 +168,8 @@ def summary(results: Sequence[Judged]) -> dict[str, Any]:
     commonest = Counter(result.question.truth for result in of["scene"]).most_common(1)
     figures["scene"]["commonest"] = commonest[0][1] / len(of["scene"]) if commonest else None
     wrong = [result for result in results if not result.read]
-    examples = [{"question": result.question.text, "answer": result.answer} for result in wrong]
+    different = {result.answer: result.question.text for result in reversed(wrong)}  # the first question of each
+    examples = [{"question": question, "answer": text} for text, question in reversed(different.items())]
     figures["errors"] = {"number": len(wrong), "of": len(results), "examples": examples[:EXAMPLES]}
     return figures
 
