@@ -55,7 +55,9 @@ COMMANDS: dict[str, Command] = {
     "generate train": Command("train a generator: ov3 generate train RECIPE", "generate", "train", takes_args=True),
     "generate sample": Command("pictures from a prompt or a class", "generate_sample", "sample"),
     "generate eval": Command("gFID, sFID, IS, precision, recall of pictures", "generate_eval", "generate_eval"),
-    "vlm train": Command("train LLaVA on a frozen encoder: ov3 vlm train RECIPE", "vlm_train", "train", takes_args=True),
+    "vlm train": Command("LLaVA on a frozen encoder: ov3 vlm train RECIPE", "vlm_train", "train", takes_args=True),
+    "vlm chat": Command("questions about a picture, in the terminal", "vlm_chat", "chat"),
+    "vlm eval": Command("presence, counts, relations, captions; POPE, MME, ...", "vlm_eval", "vlm_eval"),
     "bench data": Command(
         "how fast training samples come, and how many cores feed a device", "bench_data", "bench_data"
     ),
