@@ -31,7 +31,7 @@ demo's captions say it, and no other words; what it draws is often blurred or br
 
 | | |
 |---|---|
-| made by | `ov3 generate train {recipe}`, seed {seed}: {samples:,} scenes, each with {draws} times and noises |
+| made by | `ov3 generate train {recipe}`, seed {seed}: {samples:,} scenes, each with {draws} times and noises{start} |
 | machine | {machine} |
 | sampler | Euler, {steps} steps, guidance {guidance:g} |
 | licence | MIT |
@@ -69,6 +69,7 @@ def main() -> None:
         seed=config["seed"],
         samples=rows[-1]["samples_seen"],
         draws=config["draws"],
+        start=", on from the weights of an earlier run" if config.get("init") else "",
         machine=f"{environment['processors']} processors, {environment['platform']}, torch "
         f"{environment['packages']['torch']}",
         steps=options.steps,
