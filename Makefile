@@ -57,7 +57,7 @@ $(LMMS): $(LMMS)/.stamp
 $(LMMS)/.stamp: $(VENV)/.stamp-dev constraints-lmms.txt
 	@echo "Installing lmms-eval and what it needs into $(LMMS)"
 	$(BIN)/python -m venv --clear $(LMMS)
-	$(BIN)/python -c 'import sysconfig; print(f"import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})")' \
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	  > "$$($(LMMS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beneath.pth"
 	$(LMMS)/bin/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints-lmms.txt -e '.[vlm,bench]'
 	@touch $@

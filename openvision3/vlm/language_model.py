@@ -42,13 +42,13 @@ def open_language_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[
     _check(folder)
     with _quiet():
         try:
-            model: Any
-            model, found = AutoModelForCausalLM.from_pretrained(
+            opened: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # transformers, safetensors and tokenizers raise errors of many kinds
             raise OpenVisionError(f"{folder} can't be loaded: {_one_line(error)}") from None
+    model, found = opened
     if missing := sorted(found["missing_keys"]):  # else they would stay random
         raise OpenVisionError(f"{folder}: the weights lack {missing[0]}")
     _set_pad(folder, model, tokenizer)

@@ -1,5 +1,7 @@
 """Public benchmarks of vision-language models, run by lmms-eval in an environment of its own."""
 
+# pyright: reportMissingImports=false  (of an environment of its own)
+
 import contextlib
 import json
 import sys

@@ -4,6 +4,8 @@ With lmms-eval installed beside openvision3, its own command runs them, too: `lm
 --model_args model=FOLDER --tasks pope`. Nothing here is imported without lmms-eval.
 """
 
+# pyright: reportMissingImports=false  (of an environment of its own)
+
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
