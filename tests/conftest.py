@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-LEFT_OUT = {"slow": "make test-slow", "hf": "make test-hf", "browser": "make test-browser"}
+LEFT_OUT = {"slow": "make test-slow", "hf": "make test-hf", "browser": "make test-browser", "lmms": "make test-lmms"}
 _deselected: Counter[str] = Counter()
 
 

@@ -352,7 +352,7 @@ def test_torch_state_dicts_keep_their_order_and_are_never_unpickled_freely() -> 
 
 def test_the_list_is_sound() -> None:
     names = [asset.name for asset in list_assets()]
-    assert names == ["lpips-alex", "lpips-vgg", "efficientnet-lite0", "bert-vocab"]
+    assert names == ["lpips-alex", "lpips-vgg", "efficientnet-lite0", "bert-vocab", "smollm2-135m-instruct"]
     for asset in list_assets():
         assert len(asset.archive.sha256) == 64 and asset.member_size > 0 and asset.licence
         assert asset.archive.filename.endswith((".tar.gz", ".whl"))
