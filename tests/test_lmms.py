@@ -1,5 +1,7 @@
 """lmms-eval (make test-lmms): one of its tasks on a local copy, scored as counted by hand; our plug-in's duties."""
 
+# pyright: reportMissingImports=false
+
 import json
 import os
 import subprocess
@@ -19,7 +21,7 @@ from openvision3.vlm.assemble import assemble, open_tower
 from openvision3.vlm.folder import VLM
 from openvision3.vlm.lmms import run_lmms
 
-PICTURES = {color: Image.new("RGB", (vlm_models.SIDE,) * 2, color) for color in ("black", "white", "grey")}
+PICTURES = {color: Image.new("RGB", (vlm_models.SIDE, vlm_models.SIDE), color) for color in ("black", "white", "grey")}
 SAID = {"black": "yes", "white": "no", "grey": ""}
 ASKED = "Is there a panda in the image?"
 PROMPT = f"{ASKED}\nAnswer the question using a single word or phrase."  # as lmms-eval's POPE asks

@@ -257,7 +257,8 @@ class EncodedConversations(Dataset[dict[str, Any]]):
         self, conversations: Conversations, numbers: Sequence[int], processor: Any, max_length: int, template: Template
     ):
         self.conversations, self.numbers, self.processor = conversations, numbers, processor
-        self.max_length, self.template = max_length, template
+        self.max_length = max_length
+        self.template: Template = template
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -50,7 +50,7 @@ def load_vlm(name: str = DEMO, device: str | torch.device = "cpu", dtype: torch.
     if not (folder / "config.json").is_file():
         raise OpenVisionError(f"{folder} holds no vision-language model: expected a folder of `ov3 vlm train`")
     try:
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+        model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
         processor = AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise OpenVisionError(f"{folder}: {str(error).splitlines()[0]}") from None

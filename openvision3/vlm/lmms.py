@@ -1,6 +1,7 @@
 """Public benchmarks of vision-language models, run by lmms-eval in an environment of its own."""
 
-# pyright: reportMissingImports=false  (of an environment of its own)
+# lmms-eval and what it needs are in an environment of their own
+# pyright: reportMissingImports=false
 
 import contextlib
 import json

@@ -4,7 +4,8 @@ With lmms-eval installed beside openvision3, its own command runs them, too: `lm
 --model_args model=FOLDER --tasks pope`. Nothing here is imported without lmms-eval.
 """
 
-# pyright: reportMissingImports=false  (of an environment of its own)
+# lmms-eval and what it needs are in an environment of their own
+# pyright: reportMissingImports=false
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass

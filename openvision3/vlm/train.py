@@ -130,7 +130,7 @@ def train_stage(
     checkpoint = _latest(folder)
     if calibrate and not checkpoint:
         _calibrate(vlm, data)
-    precision = world.agree(lambda: _settle_precision(config, folder, vlm, data, collate, device))
+    precision: Precision = world.agree(lambda: _settle_precision(config, folder, vlm, data, collate, device))
     say = f"{folder.name}: {steps:,} steps of {stage.batch_size}, {_trained_count(vlm.model) / 1e6:.2f} M weights learn"
     arguments = _arguments(config, stage, folder, steps, micro, share // micro, precision, device)
     with _monitor(folder, steps, stage.batch_size, world) as monitor:
@@ -146,7 +146,7 @@ def train_stage(
             stop.signal_number,
         )
     # of the Trainer's own state: FSDP's shards are gathered
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if config.parallel == "fsdp" else None
+    state: Any = trainer.accelerator.get_state_dict(trainer.model_wrapped) if config.parallel == "fsdp" else None
     if world.rank == 0:
         save_tensors(done, _trained(vlm.model, state), {})
         for old in folder.glob("checkpoint-*"):
@@ -331,7 +331,8 @@ class _Trainer(Trainer):
         """AdamW; the projector with a rate of its own."""
         if self.optimizer is None:
             stage, groups = self.stage, {True: [], False: []}
-            for name, weight in (model or self.model).named_parameters():
+            trained: Any = model or self.model
+            for name, weight in trained.named_parameters():
                 if weight.requires_grad:
                     groups["language_model" not in name and "lm_head" not in name].append(weight)
             rates = {True: stage.projector_lr or stage.peak_lr, False: stage.peak_lr}
