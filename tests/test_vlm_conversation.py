@@ -68,8 +68,9 @@ def test_literal_arrays(words):
     labels += [skip] * (1 + u + 2 + 1 + a) + [ids["three"], e]
     assert found.labels == labels
 
-    cut = encode(words, [user(f"{IMAGE}{IMAGE} key"), answer("two key"), user("one"), answer("three")], [3, 1], 20)
-    assert cut.ids == expected[:20] and cut.labels == labels[:20]
+    at = 1 + u + 4 + 2 + 1 + a + 2  # within the first answer
+    cut = encode(words, [user(f"{IMAGE}{IMAGE} key"), answer("two key"), user("one"), answer("three")], [3, 1], at)
+    assert cut.ids == expected[:at] and cut.labels == labels[:at] and cut.labels[-1] == ids["key"]
 
 
 def test_plain(words):

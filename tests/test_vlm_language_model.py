@@ -76,6 +76,7 @@ def test_smollm2_where_it_can_be_had(capfd: pytest.CaptureFixture[str]) -> None:
         gguf = fetch(SMOLLM2)
     except OpenVisionError as error:
         pytest.skip(str(error))
+    capfd.readouterr()  # what the fetching says
     open_language_model(SMOLLM2)
     assert capfd.readouterr().err in ("", "unpacking smollm2-135m-instruct, once: half a minute or more\n")
     model, tokenizer = open_language_model(SMOLLM2)
