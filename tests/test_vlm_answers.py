@@ -270,7 +270,8 @@ def test_eval_from_the_command_line(saved: Path, tmp_path: Path, capsys: pytest.
         ([*common, "--json", str(tmp_path / "a")], "exists; pass --overwrite"),
         ([*common[:3], "--num", "2"], "num is 2"),
         (["vlm", "eval", str(tmp_path)], "holds no vision-language model"),
-        ([*common, "--suite", "pope", "--blind"], "--device is for scenes-vqa alone"),
+        ([*common, "--suite", "pope", "--blind"], "--blind is for scenes-vqa alone"),
+        ([*common, "--data", "c"], "--data is for lmms-eval's suites"),
     ):
         assert cli.main(arguments) == 2
         err = capsys.readouterr().err
@@ -283,8 +284,9 @@ def test_other_suites_go_to_lmms_eval(monkeypatch: pytest.MonkeyPatch, tmp_path:
     lmms.run_lmms = lambda *given: called.append(given) or 1
     monkeypatch.setitem(sys.modules, lmms.__name__, lmms)
     assert cli.main(["vlm", "eval", "a", "--suite", "pope", "--num", "5", "--json", str(tmp_path / "b")]) == 1
-    assert cli.main(["vlm", "eval", "--suite", "mme"]) == 1
-    assert called == [("pope", "a", 5, tmp_path / "b"), ("mme", "demo", None, None)]
+    assert cli.main(["vlm", "eval", "--suite", "mme", "--data", "c", "--batch-size", "2", "--device", "cpu"]) == 1
+    first = ("pope", "a", 5, tmp_path / "b", None, 8, "auto", "fp32")
+    assert called == [first, ("mme", "demo", None, None, Path("c"), 2, "cpu", "fp32")]
 
 
 def test_chat_answers_and_ends(

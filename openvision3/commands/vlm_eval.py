@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -27,6 +28,7 @@ class VLMEvalOptions(WhereOptions):
     suite: str = SUITE  # or a benchmark of lmms-eval (docs/VLM.md)
     num: int = 0  # scenes-vqa: scenes of each kind of question, 0 for 300; others: samples, 0 for all
     blind: bool = False  # scenes-vqa: grey in every picture's place
+    data: Path | None = None  # others: folder with copies of the hub's data sets (DATA/POPE); else from the hub
     num_names: int = 494  # scenes-vqa: how many of the demo's names occur
     batch_size: int = 8
 
@@ -52,7 +54,18 @@ def vlm_eval(
         _refuse_others(options)
         from openvision3.vlm.lmms import run_lmms
 
-        return run_lmms(options.suite, model, options.num or None, output.json)
+        return run_lmms(
+            options.suite,
+            model,
+            options.num or None,
+            output.json,
+            options.data,
+            options.batch_size,
+            options.device,
+            options.dtype,
+        )
+    if options.data is not None:
+        raise OpenVisionError(f"--data is for lmms-eval's suites, not for {SUITE}, which draws its own scenes")
     from openvision3.vlm.scenes_vqa import scenes_vqa
 
     vlm, num = load(model, options), options.num or 300
@@ -75,7 +88,7 @@ def _refuse_others(options: VLMEvalOptions) -> None:
     given = [
         field.name
         for field in fields(options)
-        if field.name not in ("suite", "num")
+        if field.name in ("blind", "num_names")
         if getattr(options, field.name) != field.default
     ]
     if given:
