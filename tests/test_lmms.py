@@ -1,4 +1,4 @@
-"""lmms-eval (make test-lmms): one of its tasks on a local copy, scored as counted by hand; our plug-in's duties."""
+"""lmms-eval (make test-lmms): one of its tasks on a small local copy, scored as counted by hand; our plug-in."""
 
 # pyright: reportMissingImports=false
 
