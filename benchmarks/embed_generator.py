@@ -23,7 +23,7 @@ from openvision3.training.monitor import read_records
 
 CARD = """# The demo generator
 
-Draws what `ov3 generate sample --prompt "a lion on the beach"` asks for: a DiT-DH of {parameters:.1f} M parameters in
+Draws what `ov3 generate sample --prompt "a lion by the water"` asks for: a DiT-DH of {parameters:.1f} M parameters in
 fp16 on the unified tokens of the embedded demo model, {size} px.
 
 **It knows single things of {names} names (fruit, animals, tools ...), with or without a word on where they are, as the

@@ -4,10 +4,18 @@ import pytest
 import torch
 import vlm_models
 from PIL import Image
-from transformers import LlamaForCausalLM
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaForCausalLM,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from openvision3.config import OpenVisionError
-from openvision3.vlm.assemble import add_image_token, assemble, open_tower
+from openvision3.vlm.assemble import add_image_token, assemble, calibrate_projector, open_tower, rms
 from openvision3.vlm.conversation import IMAGE, UnusableConversation, encode, render
 from openvision3.vlm.data import Collate, Conversation, EncodedConversations, picture_tokens
 
@@ -132,6 +140,62 @@ def test_tiles_change_the_number_of_tokens(folders):
         counts += picture_tokens(vlm.processor, [picture], made)
     assert counts[0] == 4 + 2 * (4 + 1)  # the whole, and two rows of four with a token that ends each
     assert counts[1] != counts[0]
+
+
+def foreign_tower(folder, kind):
+    """A tiny CLIP or SigLIP vision model with its image processor: 4 tokens, and CLIP's class token."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    sizes |= {"image_size": 32, "patch_size": 16}
+    torch.manual_seed(0)
+    if kind == "clip":
+        model, images = CLIPVisionModel(CLIPVisionConfig(**sizes)), CLIPImageProcessor
+    else:
+        model, images = SiglipVisionModel(SiglipVisionConfig(**sizes)), SiglipImageProcessor
+    model.save_pretrained(folder)
+    images(size={"shortest_edge": 32} if kind == "clip" else {"height": 32, "width": 32}).save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_towers_of_transformers(folders, tmp_path, kind):
+    """CLIP's last state but one without the class token, as LLaVA; SigLIP's last, whole; with their own colours."""
+    tower = foreign_tower(tmp_path, kind)
+    vlm = built((tmp_path, folders[1]))
+    picture = Image.new("RGB", (32, 32), (200, 10, 90))
+    data = EncodedConversations(None, [], vlm.processor, 500, "chat")  # type: ignore[arg-type]
+    ours = data.encoded(Conversation("k", [user(f"{IMAGE}\nhow many"), answer("two")], [picture]))
+    prompt = vlm.processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "how many"}]}],
+        add_generation_prompt=True,
+    )
+    theirs = vlm.processor(images=picture, text=prompt, return_tensors="pt", add_special_tokens=False)
+    length = theirs["input_ids"].shape[1]
+    assert ours["input_ids"][:length].tolist() == theirs["input_ids"][0].tolist()
+    seen = []
+    vlm.model.model.multi_modal_projector.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        vlm.model(input_ids=ours["input_ids"][None], pixel_values=ours["pixel_values"])
+        states = tower(ours["pixel_values"], output_hidden_states=True).hidden_states
+    expected = states[-2][:, 1:] if kind == "clip" else states[-1]
+    assert expected.shape[1] == 4
+    torch.testing.assert_close(seen[0], expected, atol=1e-5, rtol=0)
+    scale = (200 / 255 - 0.48145466) / 0.26862954 if kind == "clip" else 2 * 200 / 255 - 1
+    assert ours["pixel_values"][0, 0].mean().item() == pytest.approx(scale, abs=1e-4)
+
+
+def test_a_new_projector_is_as_large_as_the_text(folders):
+    vlm = built(folders)
+    pixels = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    text = rms(vlm.model.get_input_embeddings().weight)
+
+    def made():
+        with torch.no_grad():
+            return rms(torch.cat(list(vlm.model.model.get_image_features(pixels).pooler_output)))
+
+    before = made()
+    calibrate_projector(vlm.model, pixels)
+    assert abs(before / text - 1) > 0.5
+    torch.testing.assert_close(made(), text, rtol=1e-3, atol=0)
 
 
 def test_open_answer(words):

@@ -127,6 +127,12 @@ def test_scene_conversations():
     assert found.words(3) == words
 
 
+def test_text_alone_needs_no_pictures(data):
+    entries = json.loads(data.read_text())[1:2]
+    data.write_text(json.dumps(entries))
+    assert JsonConversations(data, "").read(0).pictures == []
+
+
 def test_order():
     """Every conversation once an epoch, the seed's own way; a batch holds about one length."""
     found = SceneConversations(SceneConfig(), "questions", 32, 0, 64)

@@ -163,13 +163,19 @@ def test_lora(config, tmp_path):
 
 
 def test_next_trains(config, tmp_path):
+    """Its adapter's folder makes the same model again, tiles and the token that ends a row among it."""
     tiles = replace(config, kind="llava_next", tiles=((1, 2), (2, 1)), out=str(tmp_path / "run"))
-    stage = replace(config.stage2, samples=4)
-    folder = train(replace(tiles, stage1=replace(stage, language_model=False), stage2=stage), "cpu")
+    stage = replace(config.stage2, samples=4, lora=LoRAConfig(rank=2, alpha=8.0))
+    stage1 = replace(stage, language_model=False, lora=LoRAConfig())
+    folder = train(replace(tiles, stage1=stage1, stage2=stage), "cpu")
     vlm = load_vlm(str(folder / "model"))
     assert type(vlm.model).__name__ == "LlavaNextForConditionalGeneration"
     assert "model.image_newline" in load_file(folder / "stage1" / "trained.safetensors")
-    assert len(answered(vlm, Path(config.stage1.data.images) / "0-0.png")) > 8
+    again, picture = load_vlm(str(folder / "adapter")), Path(config.stage1.data.images) / "0-0.png"
+    assert type(again.model) is type(vlm.model)
+    newline = again.model.model.image_newline
+    torch.testing.assert_close(newline, vlm.model.model.image_newline, atol=2e-3, rtol=2e-3)
+    assert answered(vlm, picture) == answered(again, picture)
 
 
 def test_refusals(config, tmp_path):
@@ -177,6 +183,8 @@ def test_refusals(config, tmp_path):
         ({"max_length": 2}, "max_length is 2"),
         ({"stage1": replace(config.stage1, peak_lr=-1.0)}, "stage1.peak_lr"),
         ({"stage1": replace(config.stage1, batch_size=3)}, "can't be shared"),
+        ({"stage1": replace(config.stage1, lora=LoRAConfig(rank=2))}, "leaves the language model as it is"),
+        ({"stage1": replace(config.stage2, lora=LoRAConfig(rank=2))}, "stage2.lora must be the same"),
         ({"stage1": replace(config.stage1, data=replace(config.stage1.data, images="none"))}, "images is 'none'"),
         ({"language_model": str(tmp_path / "none")}, "none"),
     ):

@@ -1,9 +1,6 @@
 """`ov3 generate stats|train|sample`: token statistics, training, and pictures from a trained generator."""
 
 import json
-import os
-import signal
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -19,44 +16,19 @@ if TYPE_CHECKING:
 
 def train(args: list[str]) -> int:
     """Trains the recipe that `args` begins with; the same command run again resumes. Returns the exit code."""
-    from openvision3.commands.train import misspelt_recipe, resolve
+    from openvision3.commands.train import chosen_recipe, resolve, run_to_end
     from openvision3.generation.recipes import GENERATOR_RECIPES
 
-    if not args or args[0] in ("-h", "--help"):
-        print(recipe_list())
-        return 0 if args else 2
-    if args[0] not in GENERATOR_RECIPES:
-        raise OpenVisionError(misspelt_recipe(args[0], list(GENERATOR_RECIPES)))
-    run = resolve(GENERATOR_RECIPES[args[0]](), args[1:], f"ov3 generate train {args[0]}")
+    recipe = chosen_recipe("ov3 generate train", GENERATOR_RECIPES, args)
+    if isinstance(recipe, int):
+        return recipe
+    run = resolve(recipe, args[1:], f"ov3 generate train {args[0]}")
     if run.dry_run:
         print(_dry_run(run.config))
         return 0
     from openvision3.generation.train import train as train_generator
-    from openvision3.training.run_folder import RunInterrupted
 
-    speaks = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
-    try:
-        folder = train_generator(run.config, run.device)
-    except RunInterrupted as stop:
-        if speaks:
-            print(f"ov3: {stop}", file=sys.stderr)
-        return 128 + signal.SIGINT if stop.signal_number == signal.SIGINT else 0
-    if speaks:
-        print(folder / "generator")
-    return 0
-
-
-def recipe_list() -> str:
-    """The generators' recipes with the first line of their docstrings."""
-    from openvision3.generation.recipes import GENERATOR_RECIPES
-
-    width = max(map(len, GENERATOR_RECIPES))
-    lines = ["usage: ov3 generate train RECIPE [--field.sub value] [--device auto] [--dry-run]", ""]
-    lines += [
-        f"  {name:<{width}}  {(make.__doc__ or '').strip().partition(chr(10))[0]}"
-        for name, make in GENERATOR_RECIPES.items()
-    ]
-    return "\n".join([*lines, "", "ov3 generate train RECIPE --help lists its fields."])
+    return run_to_end(lambda: train_generator(run.config, run.device) / "generator")
 
 
 def _dry_run(config: "GeneratorTrainConfig") -> str:

@@ -118,7 +118,7 @@ def wanted_pictures(options: SampleOptions, generator: "Generator") -> list[Want
         each = options.num or (1 if options.prompts is not None else FEW)
         wanted = [item for item in texts for _ in range(each)]
     elif of_text:
-        raise OpenVisionError('this generator draws texts: give --prompt "a lion on the beach", or --prompts FILE')
+        raise OpenVisionError('this generator draws texts: give --prompt "a lion by the water", or --prompts FILE')
     else:
         names = description.classes or tuple(map(str, range(description.generator.num_classes)))
         each = options.per_class or 1

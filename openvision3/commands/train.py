@@ -8,7 +8,7 @@ import signal
 import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
@@ -39,12 +39,10 @@ def train(args: list[str]) -> int:
     """Trains the recipe that `args` begins with; the same command run again resumes. Returns the exit code."""
     from openvision3.recipes import RECIPES
 
-    if not args or args[0] in ("-h", "--help"):
-        print(recipe_list())
-        return 0 if args else 2
-    if args[0] not in RECIPES:
-        raise OpenVisionError(misspelt_recipe(args[0], list(RECIPES)))
-    recipe, prog = RECIPES[args[0]](), f"ov3 train {args[0]}"
+    recipe = chosen_recipe("ov3 train", RECIPES, args)
+    if isinstance(recipe, int):
+        return recipe
+    prog = f"ov3 train {args[0]}"
     run = resolve(recipe, args[1:], prog)
     if isinstance(run.config, TrainConfig) and isinstance(recipe, TrainConfig) and run.config.attach:
         from openvision3.training.attach import SETTLES, attached
@@ -64,31 +62,18 @@ def misspelt_recipe(name: str, recipes: Sequence[str]) -> str:
 def run_train(config: RunConfig, device: str = "auto", dry_run: bool = False) -> int:
     """Trains a resolved recipe in its run folder (or resumes it there) and prints the folder; or only describes it.
 
-    Returns the exit code: 0, also where SIGTERM or SIGUSR1 stopped the run, with all saved, as a scheduler's way to
-    interrupt it; 130 after SIGINT.
+    Returns the exit code, as `run_to_end` does.
     """
     if dry_run:
         from openvision3.training import dryrun
 
         print(dryrun.dry_run(config, device))
         return 0
-    from openvision3.training.run_folder import RunInterrupted
+    if isinstance(config, TrainConfig):
+        from openvision3.training.loop import train as train_encoder
 
-    speaks = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
-    try:
-        if isinstance(config, TrainConfig):
-            from openvision3.training.loop import train as train_encoder
-
-            folder = train_encoder(config, device, evaluator(config))
-        else:
-            folder = _train_alone(config, device)
-    except RunInterrupted as stop:
-        if speaks:
-            print(f"ov3: {stop}", file=sys.stderr)
-        return 128 + signal.SIGINT if stop.signal_number == signal.SIGINT else 0
-    if speaks:
-        print(folder)
-    return 0
+        return run_to_end(lambda: train_encoder(config, device, evaluator(config)))
+    return run_to_end(lambda: _train_alone(config, device))
 
 
 def _train_alone(config: VAETrainConfig | DistillConfig, device: str) -> Path:
@@ -133,16 +118,47 @@ def evaluator(config: TrainConfig) -> "Evaluate | None":
     return evaluate
 
 
-def recipe_list() -> str:
-    """The recipes with the first line of their docstrings."""
-    from openvision3.recipes import RECIPES
-
-    width = max(map(len, RECIPES))
-    lines = ["usage: ov3 train RECIPE [--field.sub value] [--device auto] [--dry-run]", ""]
+def recipe_list(command: str, recipes: Mapping[str, Callable[[], Any]]) -> str:
+    """The recipes of a command ("ov3 train") with the first line of their docstrings."""
+    width = max(map(len, recipes))
+    lines = [f"usage: {command} RECIPE [--field.sub value] [--device auto] [--dry-run]", ""]
     lines += [
-        f"  {name:<{width}}  {(make.__doc__ or '').strip().partition(chr(10))[0]}" for name, make in RECIPES.items()
+        f"  {name:<{width}}  {(make.__doc__ or '').strip().partition(chr(10))[0]}" for name, make in recipes.items()
     ]
-    return "\n".join([*lines, "", "ov3 train RECIPE --help lists its fields."])
+    return "\n".join([*lines, "", f"{command} RECIPE --help lists its fields."])
+
+
+def chosen_recipe(command: str, recipes: Mapping[str, Callable[[], Config]], args: list[str]) -> "Config | int":
+    """The recipe that `args` begins with; or, where they ask for help or for nothing, the exit code after the list.
+
+    Raises `OpenVisionError` for a recipe that there is not.
+    """
+    if not args or args[0] in ("-h", "--help"):
+        print(recipe_list(command, recipes))
+        return 0 if args else 2
+    if args[0] not in recipes:
+        raise OpenVisionError(misspelt_recipe(args[0], list(recipes)))
+    return recipes[args[0]]()
+
+
+def run_to_end(train: Callable[[], Path]) -> int:
+    """Trains, and prints the folder that results; of the processes that torchrun starts the first alone speaks.
+
+    Returns the exit code: 0, also where SIGTERM or SIGUSR1 stopped the run, with all saved, as a scheduler's way to
+    interrupt it; 130 after SIGINT.
+    """
+    from openvision3.training.run_folder import RunInterrupted
+
+    speaks = os.environ.get("RANK", "0") == "0"
+    try:
+        folder = train()
+    except RunInterrupted as stop:
+        if speaks:
+            print(f"ov3: {stop}", file=sys.stderr)
+        return 128 + signal.SIGINT if stop.signal_number == signal.SIGINT else 0
+    if speaks:
+        print(folder)
+    return 0
 
 
 def resolve(config: Config, args: Sequence[str], prog: str = "ov3 train") -> "Run[Config]":

@@ -1,4 +1,4 @@
-"""What `ov3 vlm chat` and `ov3 vlm eval` share: the model, loaded quietly."""
+"""What `ov3 vlm chat` and `ov3 vlm eval` share: the model."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -16,13 +16,10 @@ class WhereOptions:
 
 
 def load(model: str, where: WhereOptions) -> "VLM":
-    """Loads "demo", or a folder, without transformers' progress bars. Raises as `load_vlm` does."""
+    """Loads "demo", or a folder. Raises as `load_vlm` does."""
     import torch
-    from transformers.utils import logging
 
     from openvision3.training.precision import resolve_device
     from openvision3.vlm.folder import load_vlm
 
-    device = resolve_device(where.device)
-    logging.disable_progress_bar()
-    return load_vlm(model, device, torch.bfloat16 if where.dtype == "bf16" else torch.float32)
+    return load_vlm(model, resolve_device(where.device), torch.bfloat16 if where.dtype == "bf16" else torch.float32)

@@ -64,6 +64,12 @@ def scene_names() -> tuple[str, ...]:
 
 
 @functools.cache
+def groups() -> dict[str, str]:
+    """The group ("mammal", "fruit") of each thing name."""
+    return {item["name"]: item["group"] for item in manifest()["sprites"]}
+
+
+@functools.cache
 def names(num: int) -> tuple[str, ...]:
     """A fixed subset of `num` thing names, spread evenly over the groups."""
     every = scene_names()

@@ -27,7 +27,7 @@ class VLMDataConfig:
 class LoRAConfig:
     """Low-rank updates of linear layers of the language model's blocks (arXiv 2106.09685)."""
 
-    rank: int = 128
+    rank: int = 0  # 0: none, all of the language model's weights learn
     alpha: float = 256.0
     dropout: float = 0.0
     layers: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -45,7 +45,7 @@ class VLMStageConfig:
     warmup: float = 0.03  # of the steps
     weight_decay: float = 0.0
     language_model: bool = True  # learns too; False: the projector alone
-    lora: LoRAConfig | None = None  # the language model learns through these alone; None: all of its weights
+    lora: LoRAConfig = LoRAConfig()  # with a rank, the language model learns through these updates alone
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class VLMTrainConfig:
     kind: Kind = "llava"
     resolution: int = 0  # pixels of a picture, or of a tile; 0: the tower's own
     tiles: tuple[tuple[int, int], ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # "llava_next": rows, columns
+    # scale a new projector so that pictures' tokens are as large as the text's (`calibrate_projector`)
+    calibrate: bool = True
     max_length: int = 2048  # tokens, the picture's among them
     seed: int = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # "auto": the faster, timed at the start, then kept
@@ -80,10 +82,14 @@ def validate(config: VLMTrainConfig) -> None:
                 raise OpenVisionError(f"{name}.{field} is {value}: expected at least {lowest}")
         if not 0 <= stage.warmup < 1:
             raise OpenVisionError(f"{name}.warmup is {stage.warmup:g}: expected a part of the steps, 0 to 1")
-        if stage.lora is not None and stage.lora.rank < 1:
-            raise OpenVisionError(f"{name}.lora.rank is {stage.lora.rank}: expected at least 1")
+        if stage.lora.rank < 0:
+            raise OpenVisionError(f"{name}.lora.rank is {stage.lora.rank}: expected at least 0")
+        if stage.lora.rank and not stage.language_model:
+            raise OpenVisionError(f"{name}.lora has a rank, but {name} leaves the language model as it is")
         if stage.data.source == "scenes" and not stage.samples:
             raise OpenVisionError(f"{name}.samples is 0: scenes have no end, say how many")
+    if config.stage1.lora.rank and config.stage1.lora != config.stage2.lora:
+        raise OpenVisionError("stage1.lora goes on in stage 2: stage2.lora must be the same")
     for name, lowest in {"max_length": 8, "micro_batch": 0, "log_every": 1, "checkpoint_every": 0}.items():
         if (value := getattr(config, name)) < lowest:
             raise OpenVisionError(f"{name} is {value}: expected at least {lowest}")

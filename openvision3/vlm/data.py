@@ -121,7 +121,7 @@ def scene_questions(scene: demo.Scene, rng: random.Random) -> list[tuple[str, st
 
 def _kin(name: str) -> list[str]:
     """The other names of a thing's group."""
-    groups = {item["name"]: item["group"] for item in demo.manifest()["sprites"]}
+    groups = demo.groups()
     return [other for other in demo.scene_names() if groups[other] == groups[name] and other != name]
 
 
@@ -130,7 +130,7 @@ class JsonConversations(Conversations):
 
     def __init__(self, path: Path, images: str):
         self.path, self.entries = path, _read_list(path)
-        self.pictures_of = _open_pictures(images)
+        self.pictures_of = _open_pictures(images) if any(map(_names, self.entries)) else None
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -154,7 +154,7 @@ class JsonConversations(Conversations):
         except (KeyError, TypeError):
             raise UnusableConversation(f'{key}: expected "conversations": [{{"from": ..., "value": ...}}]') from None
         try:
-            pictures = [self.pictures_of.read(name) for name in _names(entry)]
+            pictures = [self.pictures_of.read(name) for name in _names(entry)] if self.pictures_of else []
         except OpenVisionError as error:
             raise UnusableConversation(f"{key}: {error}") from None
         missing = len(pictures) - sum(message["content"].count(IMAGE) for message in messages)

@@ -1,8 +1,10 @@
 """A vision-language model's folder: what plain transformers loads, with `import openvision3.hub.hf` before."""
 
+import contextlib
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +52,9 @@ def load_vlm(name: str = DEMO, device: str | torch.device = "cpu", dtype: torch.
     if not (folder / "config.json").is_file():
         raise OpenVisionError(f"{folder} holds no vision-language model: expected a folder of `ov3 vlm train`")
     try:
-        model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
-        processor = AutoProcessor.from_pretrained(folder)
+        with quiet():
+            model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+            processor = AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise OpenVisionError(f"{folder}: {str(error).splitlines()[0]}") from None
     return VLM(model.to(device).eval(), processor, str(name))
@@ -66,9 +69,26 @@ def save_vlm(folder: Path, vlm: VLM, config: Any) -> None:
     vlm.model.config.use_cache = True
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         whole = Path(temporary) / "model"
-        vlm.model.save_pretrained(whole)
-        vlm.processor.save_pretrained(whole)
+        with quiet():
+            vlm.model.save_pretrained(whole)
+            vlm.processor.save_pretrained(whole)
         (whole / "training.json").write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
         for path in whole.iterdir():
             shutil.copymode(whole / "training.json", path)  # safetensors' files may be read by their owner alone
         whole.replace(folder)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' warnings and progress bars."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

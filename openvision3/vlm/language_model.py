@@ -10,7 +10,6 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from filelock import FileLock
 from openvision3 import assets
 from openvision3.config import OpenVisionError
 from openvision3.files import save_tensors
+from openvision3.vlm.folder import quiet
 
 SMOLLM2 = "smollm2-135m-instruct"
 FAMILIES = ("llama", "qwen2", "qwen3", "smollm3")  # SmolLM 1 and 2 are of llama's form, Qwen 2.5 of qwen2's
@@ -40,7 +40,7 @@ def open_language_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[
 
     folder = _unpacked_asset() if name == SMOLLM2 else _folder(name)
     _check(folder)
-    with _quiet():
+    with quiet():
         try:
             opened: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
@@ -133,7 +133,7 @@ def _unpack(gguf: Path, folder: Path) -> None:
     alone = folder.with_name("gguf")  # a folder without the cache's other files
     alone.mkdir()
     (alone / gguf.name).symlink_to(gguf.absolute())
-    with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # a bar that transformers' switch does not reach
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # a bar that transformers' switch does not reach
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 alone, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
@@ -151,22 +151,6 @@ def _unpack(gguf: Path, folder: Path) -> None:
     tied = set(model.all_tied_weights_keys)
     weights = {name: t.to(_UNPACKED_DTYPE) for name, t in model.state_dict().items() if name not in tied}
     save_tensors(folder / "model.safetensors", weights, {"format": "pt"})
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' warnings and progress bars."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _one_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ from openvision3.vlm.config import LoRAConfig, VLMTrainConfig
 from openvision3.vlm.folder import VLM
 
 WEIGHTS, DESCRIPTION = "adapter.safetensors", "adapter.json"
-_PROJECTOR = "model.multi_modal_projector."
+_WITH = ("model.multi_modal_projector.", "model.image_newline")  # what learns beside the updates
 
 
 class Adapter:
@@ -38,26 +38,33 @@ class Adapter:
         self.model.model.language_model = self.tuner.merge_and_unload()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The updates and the projector, under the model's names."""
+        """The updates, the projector and LLaVA-NeXT's end of a row, under the model's names."""
         return {
             name: weight.detach()
             for name, weight in self.model.named_parameters()
-            if "lora_" in name or name.startswith(_PROJECTOR)
+            if "lora_" in name or name.startswith(_WITH)
         }
 
-    def save(self, folder: Path, vlm: VLM, config: VLMTrainConfig) -> None:
-        """Writes fp16 weights and what they belong to."""
+    def save(self, folder: Path, config: VLMTrainConfig) -> None:
+        """Writes fp16 weights and what they belong to; folders by their absolute paths."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.half().cpu().contiguous() for name, tensor in self.tensors().items()}
         save_tensors(folder / WEIGHTS, tensors, {})
         described = {
-            "tower": config.tower,
-            "language_model": config.language_model,
+            "tower": _absolute(config.tower),
+            "language_model": _absolute(config.language_model),
+            "kind": config.kind,
+            "tiles": config.tiles,
             "resolution": config.resolution,
             "lora": to_dict(self.config),
         }
         with whole_file(folder / DESCRIPTION) as path:
             path.write_text(json.dumps(described, indent=2) + "\n")
+
+
+def _absolute(name: str) -> str:
+    """A folder's absolute path; other names as they are."""
+    return str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else name
 
 
 def load_adapter(folder: Path) -> VLM:
@@ -71,10 +78,11 @@ def load_adapter(folder: Path) -> VLM:
     try:
         described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         tower, language_model = str(described["tower"]), str(described["language_model"])
+        kind, tiles = str(described["kind"]), tuple((int(rows), int(columns)) for rows, columns in described["tiles"])
         resolution, lora = int(described["resolution"]), from_dict(LoRAConfig, described["lora"], "lora")
     except (OSError, ValueError, KeyError, TypeError):
         raise OpenVisionError(f"{folder} holds no adapter of a VLM") from None
-    vlm = assemble(open_tower(tower, resolution), *open_language_model(language_model, torch.float32))
+    vlm = assemble(open_tower(tower, resolution), *open_language_model(language_model, torch.float32), kind, tiles)
     adapter = Adapter(vlm.model, lora)
     _load_tensors(adapter, folder / WEIGHTS)
     adapter.merge()

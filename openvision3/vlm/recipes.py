@@ -56,6 +56,7 @@ def llava15_7b() -> VLMTrainConfig:
             peak_lr=2e-5,
         ),
         resolution=384,
+        calibrate=False,  # as LLaVA
         precision="bf16",
         micro_batch=8,
         checkpoint_blocks=True,

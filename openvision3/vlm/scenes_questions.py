@@ -109,7 +109,7 @@ def _presence(scene: Scene, config: SceneConfig) -> list[Question]:
     names = demo.names(config.num_names)
     there = sorted({thing.name for thing in scene.things})
     thing = _pick(rng, there)
-    groups = _groups()
+    groups = demo.groups()
     offered: dict[str, Sequence[str]] = {
         "random": names,
         "popular": popular_names(config),
@@ -122,11 +122,6 @@ def _presence(scene: Scene, config: SceneConfig) -> list[Question]:
             return []
         asked.append(Question("presence", scene, grammar.presence_question(_pick(rng, absent)), "no", kind))
     return asked
-
-
-@cache
-def _groups() -> dict[str, str]:
-    return {item["name"]: item["group"] for item in demo.manifest()["sprites"]}
 
 
 @cache

@@ -61,7 +61,7 @@ def train(config: VLMTrainConfig, device: str = "auto") -> Path:
             vlm.model.to("cpu")
             if world.rank == 0:
                 if adapter is not None:
-                    adapter.save(folder / "adapter", vlm, config)
+                    adapter.save(folder / "adapter", config)
                     adapter.merge()
                 save_vlm(folder / "model", vlm, config)
             world.agree(lambda: None)  # the folder is there before any process ends
@@ -81,7 +81,7 @@ def build(config: VLMTrainConfig) -> tuple[VLM, int]:
 def prepare(vlm: VLM, stage: VLMStageConfig, adapter: Adapter | None) -> Adapter | None:
     """Lets learn what the stage trains, and nothing else; returns the low-rank updates where there are any."""
     model = vlm.model
-    if stage.language_model and stage.lora is not None and adapter is None:
+    if stage.lora.rank and adapter is None:
         adapter = Adapter(model, stage.lora)
     for name, weight in model.named_parameters():
         of_text = name.startswith(("model.language_model.", "lm_head."))
@@ -105,11 +105,11 @@ def train_stage(
     world: World,
     device: torch.device,
     stop: StopRequest,
-    calibrate: bool = False,
+    new_projector: bool,
 ) -> None:
     """Trains one stage from its last checkpoint on; where it is complete, loads what it ended with.
 
-    `calibrate` scales a projector that is new by the stage's first pictures (`calibrate_projector`).
+    A new projector is scaled by the stage's first pictures, where the config says so.
     """
     done = folder / TRAINED
     if world.agree(done.exists):
@@ -128,7 +128,7 @@ def train_stage(
     data = EncodedConversations(conversations, numbers, vlm.processor, config.max_length, stage.data.template)
     collate = Collate(vlm.processor)
     checkpoint = _latest(folder)
-    if calibrate and not checkpoint:
+    if config.calibrate and new_projector and not checkpoint:
         _calibrate(vlm, data)
     precision: Precision = world.agree(lambda: _settle_precision(config, folder, vlm, data, collate, device))
     say = f"{folder.name}: {steps:,} steps of {stage.batch_size}, {_trained_count(vlm.model) / 1e6:.2f} M weights learn"
@@ -159,7 +159,7 @@ def _calibrate(vlm: VLM, data: EncodedConversations) -> None:
     with_pictures = (row for row in map(data.__getitem__, range(len(data))) if "pixel_values" in row)
     first = list(islice(with_pictures, CALIBRATED))
     if first:
-        calibrate_projector(vlm.model.float(), torch.cat([row["pixel_values"].flatten(0, -4) for row in first]))
+        calibrate_projector(vlm.model, torch.cat([row["pixel_values"].flatten(0, -4) for row in first]))
 
 
 def _trained_count(model: nn.Module) -> int:
