@@ -111,6 +111,18 @@ def test_resumes_exactly(config, alone, tmp_path, kill_after):
         assert x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x), name
 
 
+@pytest.mark.slow
+def test_resumes_with_shards(config, tmp_path):
+    """Two FSDP processes, stopped in either stage: weights and losses are those of a run that was not."""
+    for name, stops in (("whole", ()), ("stopped", (2, 2))):
+        for kill_after in (*stops, 0):
+            said = run(config, tmp_path / name, processes=2, kill_after=kill_after, parallel="fsdp")
+            assert ("stopped in stage" in said) is bool(kill_after)
+    for stage in ("stage1", "stage2"):
+        x, y = (load_file(tmp_path / name / stage / "trained.safetensors") for name in ("whole", "stopped"))
+        assert all(torch.equal(x[key], y[key]) for key in x)
+
+
 ANSWERS = """
 import json, sys
 import openvision3.hub.hf
