@@ -1,5 +1,7 @@
 """Token ids and label masks of conversations, against arrays written by hand and transformers' own processors."""
 
+from typing import Any
+
 import pytest
 import torch
 import vlm_models
@@ -144,7 +146,12 @@ def test_tiles_change_the_number_of_tokens(folders):
 
 def foreign_tower(folder, kind):
     """A tiny CLIP or SigLIP vision model with its image processor: 4 tokens, and CLIP's class token."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    }
     sizes |= {"image_size": 32, "patch_size": 16}
     torch.manual_seed(0)
     if kind == "clip":
