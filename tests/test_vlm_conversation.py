@@ -18,8 +18,10 @@ from transformers import (
 
 from openvision3.config import OpenVisionError
 from openvision3.vlm.assemble import add_image_token, assemble, calibrate_projector, open_tower, rms
-from openvision3.vlm.conversation import IMAGE, UnusableConversation, encode, render
+from openvision3.vlm.config import VLMDataConfig
+from openvision3.vlm.conversation import IMAGE, UnusableConversation, encode, encode_apart, render
 from openvision3.vlm.data import Collate, Conversation, EncodedConversations, picture_tokens
+from openvision3.vlm.train import loss_sum
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +123,7 @@ def test_as_transformers(folders, kind):
         prompt = vlm.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         theirs = vlm.processor(images=some, text=prompt, return_tensors="pt", add_special_tokens=False)
         messages = [user(f"{IMAGE}\n" * len(some) + "how many"), answer("two")]
-        data = EncodedConversations(None, [], vlm.processor, 500, "chat")  # type: ignore[arg-type]
+        data = EncodedConversations(None, [], vlm.processor, 500, VLMDataConfig())  # type: ignore[arg-type]
         ours = data.encoded(Conversation("k", messages, some))
         length = theirs["input_ids"].shape[1]
         assert ours["input_ids"][:length].tolist() == theirs["input_ids"][0].tolist()
@@ -131,6 +133,62 @@ def test_as_transformers(folders, kind):
         batch.pop("bad")
         logits = vlm.model(**{**batch, "logits_to_keep": 0, "labels": None}).logits
         assert logits.shape[:2] == batch["input_ids"].shape
+
+
+def test_turns_apart(words):
+    """Literal ids: the picture and what is before it once, then each turn, counted on from where the picture ends."""
+    said = [user(f"{IMAGE}\nhow many"), answer("two"), user("key"), answer("one")]
+    whole = [
+        encode(words, [user(f"{IMAGE}\n{question}"), answer(text)], [3], 100)
+        for question, text in (("how many", "two"), ("key", "one"))
+    ]
+    found = encode_apart(words, said, [3], 100)
+    shared = found.turns.count(0)
+    assert found.ids == [*whole[0].ids, *whole[1].ids[shared:]]
+    assert found.labels == [*whole[0].labels, *whole[1].labels[shared:]]
+    first, second = len(whole[0].ids) - shared, len(whole[1].ids) - shared
+    assert found.turns == [0] * shared + [1] * first + [2] * second
+    assert found.positions() == [*range(shared + first), *range(shared, shared + second)]
+    image = words.convert_tokens_to_ids(IMAGE)
+    assert found.ids[:shared].count(image) == found.ids.count(image) == 3
+    cut = encode_apart(words, said, [3], len(found.ids) - 1)
+    assert (cut.ids, cut.labels) == (whole[0].ids, whole[0].labels) and set(cut.turns) == {0, 1}
+    alone = encode_apart(words, said[:2], [3], 100)
+    assert alone == whole[0]
+    with pytest.raises(UnusableConversation, match="by turns"):
+        encode_apart(words, said[:3], [3], 100)
+    with pytest.raises(UnusableConversation, match="after the first question"):
+        encode_apart(words, [*said[:2], user(f"{IMAGE}\nkey"), answer("one")], [3, 3], 100)
+
+
+def test_turns_apart_are_conversations_of_their_own(folders):
+    """The same loss and gradients as each turn in a conversation alone; batched with a text and padding too."""
+    vlm = built(folders)
+    picture = Image.new("RGB", (32, 32), (200, 10, 10))
+    turns = [("how many", "two"), ("is the key small", "yes"), ("where", "by the water")]
+    said = [message for question, text in turns for message in (user(question), answer(text))]
+    said[0] = user(f"{IMAGE}\n{turns[0][0]}")
+    singles = [Conversation("k", [user(f"{IMAGE}\n{question}"), answer(text)], [picture]) for question, text in turns]
+    texts = Conversation("t", [user("one"), answer("two"), user("three"), answer("one two")], [])
+    text_singles = [Conversation("t", texts.messages[n : n + 2], []) for n in (0, 2)]
+    results = []
+    for apart, rows in ((True, [Conversation("k", said, [picture]), texts]), (False, singles + text_singles)):
+        data = EncodedConversations(None, [], vlm.processor, 500, VLMDataConfig(apart=apart))  # type: ignore[arg-type]
+        vlm.model.zero_grad()
+        total = 0.0
+        for batch in [rows] if apart else [[row] for row in rows]:
+            made = Collate(vlm.processor)([data.encoded(row) for row in batch])
+            assert not made.pop("bad")
+            loss = loss_sum(vlm.model, made)
+            loss.backward()
+            total += loss.item()
+        weights = vlm.model.named_parameters()
+        results.append((total, {name: w.grad.clone() for name, w in weights if w.grad is not None}))
+    (ours, gradients), (theirs, expected) = results
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert gradients.keys() == expected.keys() and len(gradients) > 10
+    for name in expected:
+        torch.testing.assert_close(gradients[name], expected[name], atol=1e-5, rtol=1e-4)
 
 
 def test_tiles_change_the_number_of_tokens(folders):
@@ -169,7 +227,7 @@ def test_towers_of_transformers(folders, tmp_path, kind):
     tower = foreign_tower(tmp_path, kind)
     vlm = built((tmp_path, folders[1]))
     picture = Image.new("RGB", (32, 32), (200, 10, 90))
-    data = EncodedConversations(None, [], vlm.processor, 500, "chat")  # type: ignore[arg-type]
+    data = EncodedConversations(None, [], vlm.processor, 500, VLMDataConfig())  # type: ignore[arg-type]
     ours = data.encoded(Conversation("k", [user(f"{IMAGE}\nhow many"), answer("two")], [picture]))
     prompt = vlm.processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "how many"}]}],

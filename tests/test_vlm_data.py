@@ -101,12 +101,14 @@ def test_scenes():
     kinds = Counter()
     for number in range(60):
         scene = demo.scene(SceneConfig(), "train", 0, number)
-        asked = scene_questions(scene, random.Random(number))
+        asked = scene_questions(scene, random.Random(number), demo.names(100))
         groups = Counter(thing.name for thing in scene.things)
         answers = {question: answer for question, answer in asked}
         assert len(answers) == len(asked)
         presence = [answer for question, answer in asked if question.startswith("Is there")]
         assert presence.count("yes") == presence.count("no") == len(groups)
+        vain = [question for question, answer in asked if question.startswith("Is there") and answer == "no"]
+        assert set(vain) <= {grammar.presence_question(name) for name in demo.names(100)}
         for name, count in groups.items():
             assert answers[grammar.presence_question(name)] == "yes"
             assert answers[grammar.count_question(name)] == grammar.NUMBERS[count - 1]

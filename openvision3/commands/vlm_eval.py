@@ -11,7 +11,7 @@ from openvision3.commands import common
 from openvision3.commands.batching import OutputOptions
 from openvision3.commands.vlm_model import WhereOptions, load
 from openvision3.config import OpenVisionError, SceneConfig
-from openvision3.vlm.scenes_questions import PER_SCENE, SUITE
+from openvision3.vlm.scenes_questions import SCENES, PER_SCENE, SUITE
 
 POPE = ("precision", "recall", "f1", "yes_rate")
 DETAILS = {
@@ -29,7 +29,7 @@ class VLMEvalOptions(WhereOptions):
     num: int = 0  # scenes-vqa: scenes of each kind of question, 0 for 300; others: samples, 0 for all
     blind: bool = False  # scenes-vqa: grey in every picture's place
     data: Path | None = None  # others: folder with copies of the hub's data sets (DATA/POPE); else from the hub
-    num_names: int = 494  # scenes-vqa: how many of the demo's names occur
+    num_names: int = SCENES.num_names  # scenes-vqa: how many of the demo's 494 names occur
     batch_size: int = 8
 
 

@@ -19,6 +19,8 @@ class VLMDataConfig:
     scenes: SceneConfig = SceneConfig()
     ask: Scenes = "questions"  # of scenes
     template: Template = "chat"  # "plain": pictures and answer alone (LLaVA's stage 1)
+    # turns see the pictures but not each other, as if each were a conversation of its own; the pictures are read once
+    apart: bool = False
     max_bad_fraction: float = 0.01  # of samples that can't be used, before the run stops
     num_workers: int = resumable(1)
 
@@ -31,6 +33,19 @@ class LoRAConfig:
     alpha: float = 256.0
     dropout: float = 0.0
     layers: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class WordsConfig:
+    """A first alignment of the new projector with the words of stage 1's captions, before stage 1 (`vlm/words.py`)."""
+
+    samples: int = 0  # captions of stage 1's data, one picture each; 0: none, the projector begins at random
+    epochs: int = 12
+    batch_size: int = 64
+    peak_lr: float = 2e-3
+    commonest: float = 0.05  # part of the captions that a word may be in: "a" and "the" show nothing
+    fewest: int = 5  # captions that a word must be in
+    most_words: int = 8192  # the commonest of those
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,7 @@ class VLMTrainConfig:
     language_model: str  # folder or hub id of an instruction-tuned model, or "smollm2-135m-instruct"
     stage1: VLMStageConfig
     stage2: VLMStageConfig
+    words: WordsConfig = WordsConfig()
     kind: Kind = "llava"
     resolution: int = 0  # pixels of a picture, or of a tile; 0: the tower's own
     tiles: tuple[tuple[int, int], ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # "llava_next": rows, columns
@@ -86,8 +102,17 @@ def validate(config: VLMTrainConfig) -> None:
             raise OpenVisionError(f"{name}.lora.rank is {stage.lora.rank}: expected at least 0")
         if stage.lora.rank and not stage.language_model:
             raise OpenVisionError(f"{name}.lora has a rank, but {name} leaves the language model as it is")
+        if stage.data.apart and stage.data.template == "plain":
+            raise OpenVisionError(f"{name}.data.apart is of conversations: {name}.data.template is plain")
         if stage.data.source == "scenes" and not stage.samples:
             raise OpenVisionError(f"{name}.samples is 0: scenes have no end, say how many")
+    for field, lowest in {"samples": 0, "epochs": 1, "batch_size": 1, "fewest": 1, "most_words": 1}.items():
+        if (value := getattr(config.words, field)) < lowest:
+            raise OpenVisionError(f"words.{field} is {value}: expected at least {lowest}")
+    if not 0 < config.words.commonest <= 1:
+        raise OpenVisionError(f"words.commonest is {config.words.commonest:g}: expected a part of the captions, 0 to 1")
+    if config.words.peak_lr <= 0:
+        raise OpenVisionError(f"words.peak_lr is {config.words.peak_lr:g}: expected more than 0")
     if config.stage1.lora.rank and config.stage1.lora != config.stage2.lora:
         raise OpenVisionError("stage1.lora goes on in stage 2: stage2.lora must be the same")
     for name, lowest in {"max_length": 8, "micro_batch": 0, "log_every": 1, "checkpoint_every": 0}.items():

@@ -1,7 +1,7 @@
 """A conversation as token ids with labels on the answers alone, by the tokenizer's own chat template."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from openvision3.config import OpenVisionError
@@ -19,10 +19,21 @@ class UnusableConversation(OpenVisionError):
 
 @dataclass(frozen=True)
 class EncodedConversation:
-    """Token ids, and of each the label: its own id where it is part of an answer, else -100."""
+    """Token ids, and of each the label: its own id where it is part of an answer, else -100.
+
+    `turns` is empty where each token sees all before it. Else it has a number for each token: one of turn 0 sees what
+    is before it of turn 0, one of another turn that and what is before it of its own turn.
+    """
 
     ids: list[int]
     labels: list[int]
+    turns: list[int] = field(default_factory=list)
+
+    def positions(self) -> list[int]:
+        """Of each token, in what it sees: each turn goes on where turn 0 ends."""
+        shared = self.turns.count(0)
+        begins = {turn: self.turns.index(turn) - shared for turn in set(self.turns) - {0}}
+        return [place - begins.get(turn, 0) for place, turn in enumerate(self.turns)]
 
 
 def encode(
@@ -61,6 +72,41 @@ def encode(
     if all(label == IGNORED for label in labels[1:]):
         raise UnusableConversation(f"no answer is left of it within max_length {max_length}")
     return EncodedConversation(ids, labels)
+
+
+def encode_apart(
+    tokenizer: Any, messages: Sequence[Message], pictures: Sequence[int], max_length: int
+) -> EncodedConversation:
+    """As `encode`, with turns that do not see each other: as many conversations of one turn, their beginning read once.
+
+    All pictures stand in the first question, or `UnusableConversation` is raised; so it is where messages are not
+    questions and answers by turns. Turns that do not fit into `max_length` are left out.
+    """
+    if [message["role"] for message in messages] != ["user", "assistant"] * (len(messages) // 2):
+        raise UnusableConversation("its messages are not questions and answers by turns")
+    if any(IMAGE in message["content"] for message in messages[2::2]):
+        raise UnusableConversation("a picture stands after the first question, but turns are apart")
+    first = messages[0]["content"]
+    at = first.rfind(IMAGE) + len(IMAGE) if IMAGE in first else 0
+    shown = first[:at] + first[at : len(first) - len(first[at:].lstrip())]
+    asked = [first[len(shown) :], *(message["content"] for message in messages[2::2])]
+    turns = [
+        encode(tokenizer, [{"role": "user", "content": shown + question}, answer], pictures, max_length)
+        for question, answer in zip(asked, messages[1::2], strict=True)
+    ]
+    shared = min(len(turn.ids) for turn in turns)
+    for turn in turns:
+        same = (a == b and label == IGNORED for a, b, label in zip(turn.ids, turns[0].ids, turn.labels, strict=False))
+        shared = min(shared, next((place for place, alike in enumerate(same) if not alike), shared))
+    if len(turns) == 1:
+        return turns[0]
+    ids, labels, numbers = turns[0].ids[:shared], [IGNORED] * shared, [0] * shared
+    for number, turn in enumerate(turns, 1):
+        if number > 1 and len(ids) + len(turn.ids) - shared > max_length:
+            continue
+        ids, labels = ids + turn.ids[shared:], labels + turn.labels[shared:]
+        numbers += [number] * (len(turn.ids) - shared)
+    return EncodedConversation(ids, labels, numbers)
 
 
 def render(tokenizer: Any, messages: Sequence[Message], open_answer: bool = False) -> str:

@@ -24,9 +24,10 @@ from openvision3.data.store import expand
 from openvision3.data.tar_index import open_index
 from openvision3.data.transforms import decode_image
 from openvision3.vlm.config import VLMDataConfig
-from openvision3.vlm.conversation import IGNORED, IMAGE, Message, Template, UnusableConversation, encode
+from openvision3.vlm.conversation import IGNORED, IMAGE, Message, UnusableConversation, encode, encode_apart
 
 MAX_JSON_BYTES = 4 * 2**30
+_NOBODY = -1  # turn of padding
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -89,19 +90,21 @@ class SceneConversations(Conversations):
     def _asked(self, scene: demo.Scene) -> list[tuple[str, str]]:
         if self.kind == "captions":
             return [(grammar.CAPTION_QUESTION, grammar.captions(scene).caption)]
-        return scene_questions(scene, random.Random(f"conversation {scene.key}"))
+        names = demo.names(self.config.num_names)
+        return scene_questions(scene, random.Random(f"conversation {scene.key}"), names)
 
 
-def scene_questions(scene: demo.Scene, rng: random.Random) -> list[tuple[str, str]]:
+def scene_questions(scene: demo.Scene, rng: random.Random, names: Sequence[str]) -> list[tuple[str, str]]:
     """Questions with their answers in a random order: presence (as many yes as no), counts, relations, place, caption.
 
-    Half of the things asked for in vain are of the group of one that is there.
+    Of `names` are those asked for in vain, half of them of the group of one that is there.
     """
     groups = Counter(thing.name for thing in scene.things)
+    group = demo.groups()[next(iter(groups))]
     asked = [(grammar.presence_question(name), "yes") for name in groups]
-    kin = [name for name in _kin(next(iter(groups))) if name not in groups]
+    kin = [name for name in names if demo.groups()[name] == group and name not in groups]
     while sum(answer == "no" for _, answer in asked) < len(groups):
-        name = rng.choice(kin if kin and rng.random() < 0.5 else demo.scene_names())
+        name = rng.choice(kin if kin and rng.random() < 0.5 else names)
         question = (grammar.presence_question(name), "no")
         if name not in groups and question not in asked:
             asked.append(question)
@@ -117,12 +120,6 @@ def scene_questions(scene: demo.Scene, rng: random.Random) -> list[tuple[str, st
     asked.append((grammar.CAPTION_QUESTION, grammar.captions(scene).caption))
     rng.shuffle(asked)
     return asked
-
-
-def _kin(name: str) -> list[str]:
-    """The other names of a thing's group."""
-    groups = demo.groups()
-    return [other for other in demo.scene_names() if groups[other] == groups[name] and other != name]
 
 
 class JsonConversations(Conversations):
@@ -254,17 +251,21 @@ class EncodedConversations(Dataset[dict[str, Any]]):
     """Positions of a stage to what LLaVA takes. What can't be used gives way to what comes next, and is named."""
 
     def __init__(
-        self, conversations: Conversations, numbers: Sequence[int], processor: Any, max_length: int, template: Template
+        self,
+        conversations: Conversations,
+        numbers: Sequence[int],
+        processor: Any,
+        max_length: int,
+        config: VLMDataConfig,
     ):
         self.conversations, self.numbers, self.processor = conversations, numbers, processor
-        self.max_length = max_length
-        self.template: Template = template
+        self.max_length, self.config = max_length, config
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        """ids and labels (L,), pictures as the processor makes them, "bad": reasons of those that were skipped."""
+        """ids, labels and, of turns apart, turns and positions (L,); pictures as the processor makes them; "bad"."""
         bad: list[str] = []
         for step in range(min(100, len(self.numbers))):
             try:
@@ -283,8 +284,15 @@ class EncodedConversations(Dataset[dict[str, Any]]):
         if conversation.pictures:
             pictures = dict(self.processor.image_processor(conversation.pictures, return_tensors="pt"))
         counts = picture_tokens(self.processor, conversation.pictures, pictures)
-        found = encode(self.processor.tokenizer, conversation.messages, counts, self.max_length, self.template)
-        return {"input_ids": torch.tensor(found.ids), "labels": torch.tensor(found.labels), **pictures}
+        tokenizer, messages = self.processor.tokenizer, conversation.messages
+        if self.config.apart:
+            found = encode_apart(tokenizer, messages, counts, self.max_length)
+        else:
+            found = encode(tokenizer, messages, counts, self.max_length, self.config.template)
+        row = {"input_ids": torch.tensor(found.ids), "labels": torch.tensor(found.labels)}
+        if found.turns:
+            row |= {"turns": torch.tensor(found.turns), "position_ids": torch.tensor(found.positions())}
+        return {**row, **pictures}
 
 
 def picture_tokens(processor: Any, pictures: Sequence[Image.Image], made: dict[str, Any]) -> list[int]:
@@ -303,6 +311,8 @@ def picture_tokens(processor: Any, pictures: Sequence[Image.Image], made: dict[s
 class Collate:
     """Encoded conversations to one batch, padded on the right.
 
+    Where turns are apart, the mask says of each token which ones it sees: (B, 1, L, L), for scaled dot products.
+
     "logits_to_keep" are the columns after which some row has something to learn: the language model's output matrix,
     the largest of all, is applied there alone. A batch without pictures gets a grey one whose tokens nothing looks at,
     so that all processes run the same layers (an FSDP process that skips one waits for ever).
@@ -318,15 +328,18 @@ class Collate:
         self.grey, (self.grey_tokens,) = made, picture_tokens(processor, [grey], made)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Returns input_ids, labels, attention_mask (B, L), logits_to_keep, pictures, and "bad"."""
+        """Returns input_ids, labels, attention_mask (B, L) or (B, 1, L, L), logits_to_keep, pictures, and "bad"."""
         ids, labels = [row["input_ids"] for row in rows], [row["labels"] for row in rows]
         with_pictures = [row for row in rows if "pixel_values" in row]
         masks = [torch.ones_like(row) for row in ids]
+        turns = [row.get("turns", torch.zeros_like(row["input_ids"])) for row in rows]
+        places = [row.get("position_ids", torch.arange(len(row["input_ids"]))) for row in rows]
         if not with_pictures:
             with_pictures = [self.grey]
             extra = self.grey_tokens
             ids[0] = torch.cat([ids[0], torch.full((extra,), self.image_id)])
             labels[0], masks[0] = pad(labels[0], (0, extra), value=IGNORED), pad(masks[0], (0, extra))
+            turns[0], places[0] = pad(turns[0], (0, extra), value=_NOBODY), pad(places[0], (0, extra))
         batch: dict[str, Any] = {
             "input_ids": _padded(ids, self.pad_id),
             "labels": _padded(labels, IGNORED),
@@ -336,8 +349,20 @@ class Collate:
         }
         if "image_sizes" in self.grey:
             batch["image_sizes"] = torch.cat([torch.as_tensor(row["image_sizes"]) for row in with_pictures])
+        if any("turns" in row for row in rows):
+            batch["position_ids"] = _padded(places, 0)
+            batch["attention_mask"] = seen(_padded(turns, _NOBODY))
         batch["logits_to_keep"] = (batch["labels"][:, 1:] != IGNORED).any(dim=0).nonzero()[:, 0]
         return batch
+
+
+def seen(turns: Tensor) -> Tensor:
+    """What each token sees (B, 1, L, L), for turns (B, L) of `EncodedConversation`; padding sees itself alone."""
+    length = turns.shape[1]
+    of, by = turns[:, None, :], turns[:, :, None]
+    before = torch.ones(length, length, dtype=torch.bool).tril()
+    itself = torch.eye(length, dtype=torch.bool)
+    return (((of == by) | ((of == 0) & (by != _NOBODY))) & before & ((by != _NOBODY) | itself))[:, None]
 
 
 def _padded(rows: Sequence[Tensor], value: int) -> Tensor:

@@ -3,35 +3,34 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from openvision3.config import SceneConfig
-from openvision3.vlm.config import LoRAConfig, VLMDataConfig, VLMStageConfig, VLMTrainConfig
+from openvision3.vlm.config import LoRAConfig, VLMDataConfig, VLMStageConfig, VLMTrainConfig, WordsConfig
+from openvision3.vlm.scenes_questions import SCENES
 
 
 def demo() -> VLMTrainConfig:
     """SmolLM2-135M-Instruct sees scenes through the demo model: projector and LoRA, on two cores in 90 minutes."""
-    scenes = SceneConfig()
     return VLMTrainConfig(
         recipe="vlm_demo",
         tower="demo",
         language_model="smollm2-135m-instruct",
+        words=WordsConfig(samples=8_000),
         stage1=VLMStageConfig(
-            data=VLMDataConfig(scenes=scenes, ask="captions", template="plain"),
-            samples=3_200,
+            data=VLMDataConfig(scenes=SCENES, ask="captions", template="plain"),
+            samples=800,
             batch_size=16,
-            peak_lr=2e-3,
+            peak_lr=2e-4,
             language_model=False,
         ),
         stage2=VLMStageConfig(
-            data=VLMDataConfig(scenes=scenes),
-            samples=2_000,
-            batch_size=16,
+            data=VLMDataConfig(scenes=SCENES, apart=True),
+            samples=2_400,
+            batch_size=4,
             peak_lr=1e-3,
-            projector_lr=1e-3,
+            projector_lr=3e-4,
             # of attention alone: all layers take 40 % longer here
             lora=LoRAConfig(rank=16, alpha=32.0, layers=("q_proj", "k_proj", "v_proj", "o_proj")),
         ),
-        max_length=512,
-        micro_batch=8,
+        max_length=768,
         checkpoint_every=400,
     )
 

@@ -26,7 +26,7 @@ from openvision3.config import OpenVisionError, SceneConfig
 from openvision3.data import demo, grammar
 from openvision3.data.demo import Scene
 
-SCENES = SceneConfig()
+SCENES = SceneConfig(num_names=100)  # the things that the recipe `demo` learns of
 SUITE, SPLIT, SEED = "scenes-vqa", "vqa-test", 1000
 NEGATIVES = ("random", "popular", "adversarial")
 PER_SCENE = 8  # questions for each of `num`: four of presence, one of each other kind

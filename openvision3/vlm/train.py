@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from openvision3.vlm.data import Collate, Conversations, EncodedConversations, o
 from openvision3.vlm.folder import VLM, save_vlm
 from openvision3.vlm.language_model import open_language_model
 from openvision3.vlm.lora import Adapter
+from openvision3.vlm.words import WORDS, learn_words
 
 CALIBRATED = 16  # conversations with pictures, whose tokens set the scale of a new projector
 TRAINED = "trained.safetensors"  # of a checkpoint: the weights that learn, under the model's names
@@ -53,6 +55,8 @@ def train(config: VLMTrainConfig, device: str = "auto") -> Path:
                     print(f"{folder} is complete: its model is in {folder / 'model'}")
                 return folder
             vlm, side = build(config)
+            if config.words.samples:
+                _words(config, folder / "words", vlm, side, world, place, stop)
             adapter = None
             for name, stage in (("stage1", config.stage1), ("stage2", config.stage2)):
                 adapter = prepare(vlm, stage, adapter)
@@ -76,6 +80,25 @@ def build(config: VLMTrainConfig) -> tuple[VLM, int]:
     vlm = assemble(tower, language_model, tokenizer, config.kind, config.tiles)
     vlm.model.config.use_cache = False
     return vlm, tower.side
+
+
+def _words(
+    config: VLMTrainConfig, folder: Path, vlm: VLM, side: int, world: World, device: torch.device, stop: StopRequest
+) -> None:
+    """The projector's first alignment, in the first process; all of them load what it wrote."""
+
+    def learned() -> bool:
+        data = replace(config.stage1.data, ask="captions")
+        conversations = open_conversations(data, side, config.seed, config.words.samples)
+        return (folder / WORDS).exists() or learn_words(
+            vlm, conversations, config.words, folder, config.seed, device, lambda: bool(stop)
+        )
+
+    if not world.agree(learned):
+        raise RunInterrupted(
+            "stopped before stage 1: nothing was saved, the same command begins anew", stop.signal_number
+        )
+    vlm.model.model.multi_modal_projector.load_state_dict(load_file(folder / WORDS))
 
 
 def prepare(vlm: VLM, stage: VLMStageConfig, adapter: Adapter | None) -> Adapter | None:
@@ -125,10 +148,12 @@ def train_stage(
         )
     per_picture = vlm.model.config.image_seq_length
     numbers = order(conversations, steps * stage.batch_size, stage.batch_size, per_picture, config.seed)
-    data = EncodedConversations(conversations, numbers, vlm.processor, config.max_length, stage.data.template)
+    data = EncodedConversations(conversations, numbers, vlm.processor, config.max_length, stage.data)
     collate = Collate(vlm.processor)
+    if stage.data.apart and (found := vlm.model.model.language_model.config._attn_implementation) != "sdpa":
+        raise OpenVisionError(f"turns apart need attention by scaled dot products, the language model has {found!r}")
     checkpoint = _latest(folder)
-    if config.calibrate and new_projector and not checkpoint:
+    if config.calibrate and not config.words.samples and new_projector and not checkpoint:
         _calibrate(vlm, data)
     precision: Precision = world.agree(lambda: _settle_precision(config, folder, vlm, data, collate, device))
     say = f"{folder.name}: {steps:,} steps of {stage.batch_size}, {_trained_count(vlm.model) / 1e6:.2f} M weights learn"
