@@ -11,7 +11,7 @@ from openvision3.commands import common
 from openvision3.commands.batching import OutputOptions
 from openvision3.commands.vlm_model import WhereOptions, load
 from openvision3.config import OpenVisionError, SceneConfig
-from openvision3.vlm.scenes_questions import SCENES, PER_SCENE, SUITE
+from openvision3.vlm.scenes_questions import PER_SCENE, SCENES, SUITE
 
 POPE = ("precision", "recall", "f1", "yes_rate")
 DETAILS = {

@@ -111,7 +111,7 @@ def scene_questions(scene: demo.Scene, rng: random.Random, names: Sequence[str])
     asked += [(grammar.count_question(name), grammar.NUMBERS[count - 1]) for name, count in groups.items()]
     statable = grammar.statable_relations(scene)
     rng.shuffle(statable)
-    for a, relation, b in statable[:3]:
+    for a, relation, b in statable[:4]:
         right = rng.random() < 0.5
         question = grammar.relation_question(a, relation if right else grammar.OPPOSITE[relation], b)
         asked.append((question, "yes" if right else "no"))

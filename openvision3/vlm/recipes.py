@@ -22,7 +22,10 @@ def demo() -> VLMTrainConfig:
             language_model=False,
         ),
         stage2=VLMStageConfig(
-            data=VLMDataConfig(scenes=SCENES, apart=True),
+            # things repeat as often as not, or "one" would be the answer to nearly every count
+            data=VLMDataConfig(
+                scenes=replace(SCENES, count_weights=(0.1, 0.3, 0.3, 0.3), repeat_probability=0.5), apart=True
+            ),
             samples=2_400,
             batch_size=4,
             peak_lr=1e-3,
