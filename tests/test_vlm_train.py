@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from openvision3.config import OpenVisionError, to_dict
-from openvision3.vlm.config import LoRAConfig, VLMDataConfig, VLMStageConfig, VLMTrainConfig
+from openvision3.vlm.config import LoRAConfig, VLMDataConfig, VLMStageConfig, VLMTrainConfig, WordsConfig
 from openvision3.vlm.folder import load_vlm
 from openvision3.vlm.train import train
 
@@ -91,6 +91,23 @@ def test_two_processes(config, alone, tmp_path, parallel):
         assert x.keys() == y.keys()
         for name in x:
             torch.testing.assert_close(x[name], y[name], atol=1e-4, rtol=1e-4)
+
+
+def test_begins_with_words(config, tmp_path):
+    """With words learned first, two processes train what one does, from the projector that the first wrote."""
+    entries = [(1, ["what", f"a {('key', 'lion', 'panda')[n % 3]} and an apple"]) for n in range(24)]
+    path = vlm_models.save_data(tmp_path / "data", entries)
+    data = replace(config.stage1.data, source=str(path), images=str(tmp_path / "data" / "pictures"))
+    words = WordsConfig(samples=24, epochs=2, batch_size=8, commonest=0.5, fewest=2)
+    stage = replace(config.stage1, data=data, samples=4)
+    changes = {"words": words, "stage1": stage, "stage2": replace(stage, language_model=True)}
+    for name, processes in (("one", 1), ("two", 2)):
+        run(config, tmp_path / name, processes=processes, **changes)
+    for name in ("words/projector.safetensors", "stage1/trained.safetensors", "stage2/trained.safetensors"):
+        x, y = load_file(tmp_path / "one" / name), load_file(tmp_path / "two" / name)
+        assert x.keys() == y.keys()
+        for key in x:
+            torch.testing.assert_close(x[key], y[key], atol=1e-4, rtol=1e-4)
 
 
 def test_learns(alone):

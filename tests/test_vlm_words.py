@@ -1,16 +1,21 @@
 """The projector's first alignment with words: whitening, what counts as a word, and that tokens find theirs."""
 
+import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import vlm_models
+from PIL import Image
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from openvision3.config import OpenVisionError
 from openvision3.vlm.assemble import assemble, open_tower
 from openvision3.vlm.config import WordsConfig
-from openvision3.vlm.words import align, vocabulary, whitening, words_of
+from openvision3.vlm.data import Conversation
+from openvision3.vlm.words import WORDS, align, learn_words, vocabulary, whitening, words_of
 
 CPU = torch.device("cpu")
 NAMES = ["key", "dragon", "panda", "apple", "lion"]
@@ -89,3 +94,28 @@ def test_without_words(vlm):
     tokens, words, _ = pictures(vlm, 32)
     with pytest.raises(OpenVisionError, match="no word is in at least 100 captions"):
         align(vlm, tokens, words, WordsConfig(samples=32, fewest=100), 0, CPU, lambda step, row: None)
+
+
+class Pictures:
+    """Conversations: one picture each, but for one of two and a text."""
+
+    def __len__(self):
+        return 34
+
+    def read(self, number):
+        shown = [Image.new("RGB", (32, 32), (7 * number, 200, 10))] * {3: 2, 5: 0}.get(number, 1)
+        said = {"role": "assistant", "content": f"a {NAMES[number % 5]} and a {NAMES[number % 3]}"}
+        return Conversation(str(number), [{"role": "user", "content": "what"}, said], shown)
+
+
+def test_learn_words(vlm, tmp_path):
+    """The weights are those of the model, the records say what came of it; stopped, nothing is left to be taken up."""
+    config = WordsConfig(samples=34, epochs=2, batch_size=8, commonest=0.8)
+    data: Any = Pictures()
+    assert not learn_words(vlm, data, config, tmp_path / "stopped", 0, CPU, lambda: True)
+    assert not (tmp_path / "stopped" / WORDS).exists()
+    assert learn_words(vlm, data, config, tmp_path / "words", 0, CPU, lambda: False)
+    found, mine = load_file(tmp_path / "words" / WORDS), vlm.model.model.multi_modal_projector.state_dict()
+    assert found.keys() == mine.keys() and all(torch.equal(found[name], mine[name]) for name in found)
+    rows = [json.loads(line) for line in (tmp_path / "words" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["kind"] == "eval" and rows[-1]["words"] == len(NAMES)
