@@ -182,6 +182,10 @@ class DataConfig:
         return self.mixture or (self.source,)
 
 
+# losses that see the tokens without a gradient: those of Eq. 4, those of Eq. 5, or both
+Detached = Literal["none", "reconstruction", "understanding", "both"]
+
+
 @dataclass(frozen=True)
 class LossConfig:
     """Weights of Eqs. 4-6. lambda (LPIPS) is per stage: see `StageConfig`."""
@@ -193,6 +197,7 @@ class LossConfig:
     omega_und: float = 1.0  # Eq. 6
     pixel_stride: int = 1  # decode pixels for every n-th sample of the global batch (unbiased; 1 = all)
     lpips_net: Literal["alex", "vgg"] = "alex"
+    detach: Detached = "none"  # losses that train their own parts alone, as probes: no gradient by the tokens
 
 
 @dataclass(frozen=True)
@@ -255,6 +260,7 @@ class TrainConfig:
     eval_every: int = resumable(0)  # samples; 0: at the end of each stage only
     eval_samples: int = resumable(256)  # 0: sample pictures only
     eval_source: str = resumable("")  # folder or tars to evaluate on; empty: held-out scenes for "demo", else none
+    meter_samples: int = resumable(32)  # held-out ones of the synergy meter, at each evaluation; 0: not measured
     checkpoint_every: int = resumable(0)  # samples; 0: at the end of each stage only
     keep_checkpoints: int = resumable(2)  # the newest ones
     keep_every: int = resumable(0)  # samples: the first checkpoint after each multiple stays for good; 0: none does

@@ -56,6 +56,7 @@ from openvision3.training.setup import (
     settle_precision,
 )
 from openvision3.training.stages import Stage, plan, validate
+from openvision3.training.synergy import measure_synergy
 from openvision3.training.watch import FiniteWatch
 
 Evaluate = Callable[[OpenVision3, int], Mapping[str, float]]
@@ -262,6 +263,8 @@ def train_stage(run: Run, stage: Stage) -> None:
             monitor.log(run.step, seen, log_row(run, learning_rate, losses))
         if evaluate:
             evaluate_now(run, stage, seen)
+        if evaluate or run.step == 1:
+            measure_now(run, stage, seen)
         signal_number = world.largest(run.stop.signal_number)  # asked once: a signal may come at any moment
         if (save and not run.watch.in_a_row) or last or signal_number:
             save_now(run, optimizer, seen)
@@ -327,6 +330,19 @@ def evaluate_now(run: Run, stage: Stage, samples_seen: int) -> None:
             run.monitor.save_pictures(f"step_{run.step}", picture_columns(model, pixels))
             if run.evaluate is not None:
                 run.monitor.record("eval", run.step, samples_seen, run.evaluate(model, run.step))
+        run.world.wait_for_first()
+        set_training(run.model, run.config.frozen)
+
+
+def measure_now(run: Run, stage: Stage, samples_seen: int) -> None:
+    """Records the synergy meter's figures, outside of the training rate; without a trained encoder there are none."""
+    if not run.config.meter_samples or "encoder" in run.config.frozen:
+        return
+    with run.monitor.paused():
+        model = whole_model(run)
+        if model is not None:
+            model.eval()
+            run.monitor.record("meter", run.step, samples_seen, measure_synergy(run.config, stage, model))
         run.world.wait_for_first()
         set_training(run.model, run.config.frozen)
 

@@ -239,6 +239,24 @@ def open_stream(
     )
 
 
+def held_out_batch(config: TrainConfig, resolution: int, samples: int, tokenizer: CaptionTokenizer | None) -> Batch:
+    """Whole pictures with their texts: the first of the held-out split, or of the tars."""
+    text, caption, data = config.model.text_encoder, config.model.text_decoder, config.data
+    stream = BatchStream(
+        open_source(data, "val", resolution, index_folder(config)),
+        tokenizer,
+        resolution,
+        samples,
+        start=0,
+        stop=samples,
+        contrastive_length=text.context_length if text else 0,
+        caption_length=caption.context_length if caption else 0,
+        max_bad_fraction=1.0,
+        texts=(data.contrastive_text, data.second_text, data.caption_text),
+    )
+    return next(iter(stream))
+
+
 def picture_pixels(config: TrainConfig, resolution: int) -> Tensor:
     """Whole pictures to look at, uint8 (8, 3, R, R): of the held-out split, or the first of the tars."""
     source = open_source(config.data, "val", resolution, index_folder(config))

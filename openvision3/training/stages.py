@@ -92,6 +92,7 @@ def validate(config: TrainConfig) -> None:
         ("log_every", config.log_every, 1),
         ("keep_checkpoints", config.keep_checkpoints, 1),
         ("eval_every", config.eval_every, 0),
+        ("meter_samples", config.meter_samples, 0),
         ("checkpoint_every", config.checkpoint_every, 0),
         ("keep_every", config.keep_every, 0),
         ("max_skipped", config.max_skipped, 1),

@@ -139,6 +139,30 @@ class Objective:
             record["logit_bias"] = self.model.logit_bias
         return {name: value.detach().clone() for name, value in {**found, **summary, **record}.items()}
 
+    def by_tokens(self, batch: Batch) -> tuple[Losses, Losses]:
+        """The losses of `batch`, and the gradients of "reconstruction" and "understanding" by its tokens (B, N, D).
+
+        A loss that the model has no parts for has no gradient. For one process; nothing is recorded or changed.
+        """
+        assert self.world.size == 1 and not self.micro_batch and self.config.detach == "none"
+        counts = self._counts(batch)
+        (part,) = self._micro_batches(batch)
+        with torch.no_grad(), autocast(self.device, self.precision):
+            tokens = self._encode(part)
+        tokens = tokens.detach().requires_grad_()
+        with autocast(self.device, self.precision):
+            found = self._sample_losses(part, tokens, losses.mean_square(tokens).sqrt(), counts)
+            features = self._features(part, tokens)
+        found |= self._contrastive(features)
+        combined = self._combine(found)
+        gradients = {
+            name: torch.autograd.grad(combined[name], tokens)[0]
+            for name in ("reconstruction", "understanding")
+            if combined[name].requires_grad
+        }
+        found.pop("pictures", None)
+        return {name: value.detach() for name, value in (found | combined).items()}, gradients
+
     def _backward_whole(self, batch: MicroBatch, counts: Counts) -> Losses:
         def run() -> tuple[Tensor, Losses]:
             with autocast(self.device, self.precision):
@@ -289,7 +313,7 @@ class Objective:
             return None
         texts = self.model.embed_text_ids(torch.cat([batch.alt_ids, batch.caption_text_ids]), batch.packed_texts)
         alt, caption_text = at_least_fp32(texts).chunk(2)
-        return Features(at_least_fp32(self.model.pool(tokens)), alt, caption_text)
+        return Features(at_least_fp32(self.model.pool(self._seen_by("understanding", tokens))), alt, caption_text)
 
     def _contrastive(self, features: Features | None) -> Losses:
         """Mean of the losses against an image's two texts (OpenVision 1), in fp32 at least."""
@@ -312,14 +336,20 @@ class Objective:
         if "reconstruction" in self.trained:
             found |= self._reconstruction(batch, tokens, rms, counts)
         if "caption" in self.trained and self.model.config.text_decoder is not None:
+            seen = self._seen_by("understanding", tokens)
             found["caption"] = self.model.caption_loss(
-                tokens, batch.caption_ids, counts.target_tokens, batch.packed_captions
+                seen, batch.caption_ids, counts.target_tokens, batch.packed_captions
             )
         return found
+
+    def _seen_by(self, loss: str, tokens: Tensor) -> Tensor:
+        """The tokens as a loss gets them: without a gradient where it is only a probe."""
+        return tokens.detach() if self.config.detach in (loss, "both") else tokens
 
     def _reconstruction(self, batch: MicroBatch, tokens: Tensor, rms: Tensor, counts: Counts) -> Losses:
         """Eq. 4's parts, from noisy tokens; pixels of every n-th sample of the whole batch, not of each micro-batch."""
         model, found, stride = self.model, {}, self.config.pixel_stride
+        tokens = self._seen_by("reconstruction", tokens)
         sigma, epsilon = draw_noise(self.seed, batch.positions, tokens.shape[1:], model.config.noise_tau, self.device)
         noisy = losses.add_noise(tokens, sigma, epsilon, rms if model.config.noise_relative else 1.0)
         chosen = slice(-batch.start % stride, None, stride)
