@@ -16,14 +16,17 @@ from openvision3.model.openvision3 import OpenVision3
 from openvision3.training.setup import build_objective, held_out_batch
 from openvision3.training.stages import Stage
 
+PIXEL_STRIDE = 4  # decoding pixels and the way back would take most of the time
+
 
 def measure_synergy(config: TrainConfig, stage: Stage, model: OpenVision3) -> dict[str, float | str | None]:
     """Losses of `config.meter_samples` held-out samples at the stage's resolution, and `synergy` of their gradients.
 
-    A loss that only probes the tokens in the run (`LossConfig.detach`) has its gradient here all the same; pixels are
-    compared for all samples. Weights, gradients and buffers of `model` stay as they are.
+    A loss that only probes the tokens in the run (`LossConfig.detach`) has its gradient here all the same. Pixels are
+    compared for every fourth sample, or as many as in the run. Weights, gradients and buffers of `model` stay as they
+    are.
     """
-    loss = replace(config.loss, detach="none", pixel_stride=1)
+    loss = replace(config.loss, detach="none", pixel_stride=min(config.loss.pixel_stride, PIXEL_STRIDE))
     objective = build_objective(replace(config, loss=loss, micro_batch=0), stage, model, "fp32")
     batch = held_out_batch(config, stage.config.resolution, config.meter_samples, model.tokenizer)
     losses, gradients = objective.by_tokens(batch)

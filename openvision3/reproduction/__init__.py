@@ -1,0 +1,1 @@
+"""The paper's claims, checked at laptop size: trainings, rules, verdicts, and the page made of them."""
