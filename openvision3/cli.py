@@ -64,6 +64,7 @@ COMMANDS: dict[str, Command] = {
     "bench front": Command("a fast encoder against FLUX.1's VAE encoder: cost at its size", "bench_front", "front"),
     "bench encode": Command("encoding and captions against others' public code", "bench_encode", "bench_encode"),
     "convert": Command("a model to a folder, the released layout or ONNX, verified", "convert", "convert"),
+    "reproduce": Command("the paper's claims at laptop size: trainings, rules, verdicts", "reproduce", "reproduce"),
     "bench train": Command("the training step against one composed of public parts", "bench_train", "bench_train"),
     "assets list": Command("weights that are fetched by name, and which are here", "assets", "assets_list"),
     "assets fetch": Command("fetch weights by name", "assets", "assets_fetch"),

@@ -35,14 +35,14 @@ class Curve:
         return float(self.values[-max(1, len(self.values) // 20) :].mean())
 
 
-def curves(records: Sequence[dict[str, Any]], titles: dict[str, str]) -> list[Curve]:
-    """A curve for each name in `titles` that the training records hold at least two finite values of."""
+def curves(records: Sequence[dict[str, Any]], titles: dict[str, str], kind: str = "train") -> list[Curve]:
+    """A curve for each name in `titles` that the records of a kind hold at least two finite values of."""
     found = []
     for name, title in titles.items():
         points = [
             (float(record["samples_seen"]), float(record[name]))
             for record in records
-            if record.get("kind", "train") == "train" and isinstance(record.get(name), int | float)
+            if record.get("kind", "train") == kind and isinstance(record.get(name), int | float)
         ]
         points = [(x, y) for x, y in points if math.isfinite(y)]
         if len(points) >= 2 and any(y != 0 for _, y in points):

@@ -126,4 +126,3 @@ def classifier_accuracy(
 def intended_labels(intended: dict[str, str], num_names: int = 0) -> tuple[str, ...]:
     """The labels to choose among: the demo's `num_names` names, or (0) all classes that the samples have, sorted."""
     return demo.names(num_names) if num_names else tuple(sorted(set(intended.values())))
-

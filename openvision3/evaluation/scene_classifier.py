@@ -56,9 +56,7 @@ class _Residual(nn.Module):
 
 
 def _convolution(width_in: int, width_out: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(width_in, width_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width_out)
-    )
+    return nn.Sequential(nn.Conv2d(width_in, width_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width_out))
 
 
 class _Network(nn.Module):

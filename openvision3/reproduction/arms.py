@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from openvision3.config import OpenVisionError, SceneConfig, StageConfig, TrainConfig
-from openvision3.config import Detached as Probes
+from openvision3.config import Detached, OpenVisionError, SceneConfig, StageConfig, TrainConfig
 from openvision3.recipes import demo
 
 RESOLUTION, BATCH = 64, 64  # pixels; samples
@@ -40,7 +39,7 @@ class Arm:
     change: Callable[[TrainConfig], TrainConfig]
 
 
-def _probing(detach: Probes) -> Callable[[TrainConfig], TrainConfig]:
+def _probing(detach: Detached) -> Callable[[TrainConfig], TrainConfig]:
     return lambda config: replace(config, loss=replace(config.loss, detach=detach))
 
 
@@ -68,7 +67,7 @@ ARMS: dict[str, Arm] = {
 
 
 def arm_config(arm: str, seed: int, length: Length, out: Path, precision: Precision = "fp32") -> TrainConfig:
-    """The arm's whole recipe: `demo`'s first stage, shortened, on fewer things. `seed` is that of weights and scenes."""
+    """The arm's recipe: `demo`'s first stage, shortened, on fewer things. `seed` is that of weights, noise and scenes."""
     base = demo()
     scenes = SceneConfig(num_names=NAMES, size_min=0.4, size_max=0.8, count_weights=(0.8, 0.2, 0.0, 0.0))
     batches = length.samples // BATCH

@@ -92,7 +92,9 @@ def start(arm: str, loss: str) -> Callable[[Results], float]:
     return lambda results: float(results[arm]["meter"][0][loss])
 
 
-def minus(a: Callable[[Results], float], b: Callable[[Results], float], unit: float = 1.0) -> Callable[[Results], float]:
+def minus(
+    a: Callable[[Results], float], b: Callable[[Results], float], unit: float = 1.0
+) -> Callable[[Results], float]:
     """The paired difference, times `unit`."""
     return lambda results: unit * (a(results) - b(results))
 
@@ -124,7 +126,8 @@ CLAIMS: dict[str, Claim] = {
             "The unified encoder reconstructs near its VAE's ceiling while understanding holds",
             (U, T_ALONE),
             (
-                Check("PSNR of the VAE alone less unified, dB", minus(figure(U, VAE_PSNR), figure(U, PSNR)), "below", 2.0),
+                Check("PSNR of the VAE alone less unified, dB",
+                      minus(figure(U, VAE_PSNR), figure(U, PSNR)), "below", 2.0),
                 Check("zero-shot top-1, unified less understanding alone, points",
                       minus(figure(U, TOP1), figure(T_ALONE, TOP1), 100), "above", -3.0),
                 Check("R@1, unified less understanding alone, points",

@@ -75,8 +75,10 @@ def missing_parts(config: TrainConfig) -> Iterator[str]:
     for stage in plan(config):
         if (folder := latents_folder(config, stage)) and not (Path(folder) / CACHE).is_file():
             yield f"latents: {folder} is no cache of latents; `ov3 data cache-latents` makes one"
-    if config.init and not config.attach and not (
-        (Path(config.init) / "config.json").is_file() or is_run(Path(config.init))
+    if (
+        config.init
+        and not config.attach
+        and not ((Path(config.init) / "config.json").is_file() or is_run(Path(config.init)))
     ):
         yield f"init: {config.init} is neither a model folder nor a run"
     if config.model.input == "latents":

@@ -84,6 +84,9 @@ def validate(config: TrainConfig) -> None:
         "the model has no decoder, text encoder or text decoder: no loss to train on",
     )
     _validate_parts(config)
+    text = model.text_encoder is not None or model.text_decoder is not None
+    left = {"none": True, "both": True, "reconstruction": text, "understanding": model.decoder is not None}
+    _require(left[config.loss.detach], f"loss.detach is {config.loss.detach}: no other loss would train the encoder")
     _require(0 <= config.ema < 1, f"ema is {config.ema:g}: expected at least 0 and less than 1")
     for name, value, least in (
         ("loss.pixel_stride", config.loss.pixel_stride, 1),

@@ -1,0 +1,228 @@
+"""docs/REPRODUCTION.md: verdicts, tables and curves, all from the results of the arms."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openvision3.files import whole_file
+from openvision3.reproduction.arms import ARMS
+from openvision3.reproduction.claims import CLAIMS, NOT_DECIDED, Check, Claim, Interval, Result, verdict
+from openvision3.reproduction.schedule import by_seed
+
+CURVES = {
+    "pixel_l1": "pixel loss",
+    "latent_l1": "latent loss",
+    "caption": "caption loss, a token",
+    "contrastive": "contrastive loss",
+    "gradient_cosine": "cosine of the gradients",
+}
+FIGURES = {  # of the end: heading, name in the results, factor
+    "PSNR, dB": ("reconstruction/psnr", 1),
+    "its VAE alone": ("reconstruction/vae_psnr", 1),
+    "zero-shot, %": ("zeroshot/templates_top1", 100),
+    "R@1, %": ("retrieval/image_to_text_r1", 100),
+}
+COLOURS = {"unified": "#0072b2", "understanding": "#d55e00", "reconstruction": "#009e73", "untrained": "#888888",
+           "pixels": "#cc79a7"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a claim."""
+
+    claim: Claim
+    seeds: int
+    checks: tuple[tuple[Check, Interval, bool | None], ...]
+    verdict: str
+
+
+def judge(claim: Claim, found: dict[int, dict[str, Result]], quick: bool) -> Outcome:
+    """The claim's checks over the seeds that are finished, and its verdict."""
+    seeds = list(by_seed(found, claim))
+    checks = []
+    for check in claim.checks if seeds else ():
+        interval = Interval.of([check.value(seed) for seed in seeds])
+        checks.append((check, interval, check.holds(interval)))
+    outcomes = [holds for check, _, holds in checks if check.votes]
+    return Outcome(claim, len(seeds), tuple(checks), verdict(outcomes, quick))
+
+
+def page(outcomes: Sequence[Outcome], found: dict[int, dict[str, Result]], command: str, picture: str) -> str:
+    """The page as Markdown; `picture` is the curves' file beside it, empty: none."""
+    seeds = max((outcome.seeds for outcome in outcomes), default=0)
+    parts = [
+        "# The paper's claims at demo size",
+        f"Written by `{command}` from its runs' `result.json`; no figure here is typed by hand.",
+        _how(found),
+        "## Verdicts",
+        "Four words are used: reproduced at full size, supported at demo size, code path tested only, contradicted. "
+        f"A number of each seed ({seeds} here) gives a mean and a 95 % interval of Student's t; with three seeds that "
+        "is 2.5 standard deviations each way, and an assumption that seeds spread normally. A check holds where all of "
+        "the interval is on the right side of its bound, and fails where all of it is on the wrong side. A claim is "
+        "contradicted by a check that fails, supported where all hold, and else its code path is tested only.",
+        _table(
+            ("claim", "", "seeds", "verdict"),
+            [(o.claim.name, o.claim.words, o.seeds or "", f"**{o.verdict}**") for o in outcomes],
+        ),
+    ]
+    for outcome in outcomes:
+        parts += _claim(outcome, found)
+    curves = _curve_tables(found)
+    if curves:
+        parts += ["## Held-out losses on the way", "On scenes never trained on; means over the seeds."]
+        parts += [f"![Held-out losses of the arms]({picture})"] if picture else []
+        parts += curves
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _claim(outcome: Outcome, found: dict[int, dict[str, Result]]) -> list[str]:
+    claim = outcome.claim
+    said = f"**{outcome.verdict}**" + (", one seed" if claim.one_seed else "")
+    parts = [f"## {claim.name}: {claim.words}", f"{said}. {claim.note}"]
+    if outcome.checks:
+        words = {True: "holds", False: "fails", None: "open"}
+        rows = []
+        for check, interval, holds in outcome.checks:
+            between = f"{interval.low:.4g} to {interval.high:.4g}" if outcome.seeds > 1 else "one seed"
+            each = ", ".join(f"{value:.4g}" for value in interval.values)
+            result = words[holds] if check.votes else f"{words[holds]}, beside it"
+            if outcome.verdict == NOT_DECIDED:
+                result = NOT_DECIDED
+            rows.append((check.words, f"{interval.mean:.4g}", between, each, f"{check.side} {check.bound:g}", result))
+        parts.append(_table(("check", "mean", "95 % interval", "each seed", "rule", "result"), rows))
+    if claim.arms:
+        parts.append(_table(("arm", "", *FIGURES), [_arm_row(arm, claim, found) for arm in claim.arms]))
+    return parts
+
+
+def _arm_row(arm: str, claim: Claim, found: dict[int, dict[str, Result]]) -> tuple[str, ...]:
+    of_arm = [seed[arm]["figures"] for seed in by_seed(found, claim)]
+    cells = [
+        _spread([figures[name] * unit for figures in of_arm if name in figures]) for name, unit in FIGURES.values()
+    ]
+    return (arm, ARMS[arm].words, *cells)
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    each = f" ({min(values):.4g} to {max(values):.4g})" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.4g}{each}"
+
+
+def _how(found: dict[int, dict[str, Result]]) -> str:
+    every = [result for arms in found.values() for result in arms.values()]
+    if not every:
+        return "No training is finished."
+    config, environment = every[0]["config"], every[0]["environment"]
+    stage, scenes = config["stage1"], config["data"]["scenes"]
+    rates = sorted(result["samples_per_second"] for result in every)
+    return (
+        f"Each arm is the recipe `demo`, shortened to {stage['samples']:,} scenes of {scenes['num_names']} named "
+        f"things at {stage['resolution']} px, in {config['precision']}, with {config['loss']['omega_rec']:g} : "
+        f"{config['loss']['omega_und']:g} for omega_rec : omega_und. Arms of one seed "
+        f"see the same scenes in the same order, and differ in one thing. Losses: {config['meter_samples']} held-out scenes; other "
+        f"figures: {config['eval_samples']} scenes on landscapes never trained on. "
+        f"{len(every)} trainings, {sum(result['seconds'] for result in every) / 3600:.1f} hours of processes "
+        f"of {environment['threads']} thread(s), each at {rates[0]:.0f} to {rates[-1]:.0f} samples a second, torch "
+        f"{environment['packages'].get('torch', '')}, {environment['platform']}."
+    )
+
+
+def mean_curve(results: Iterable[Result], name: str) -> list[tuple[int, float]]:
+    """(samples seen, mean over the seeds) of a held-out figure, where all seeds have it."""
+    points: dict[int, list[float]] = {}
+    count = 0
+    for result in results:
+        count += 1
+        for row in result["meter"]:
+            if isinstance(row.get(name), int | float):
+                points.setdefault(row["samples_seen"], []).append(row[name])
+    return [(seen, sum(values) / len(values)) for seen, values in sorted(points.items()) if len(values) == count]
+
+
+def _by_arm(found: dict[int, dict[str, Result]]) -> dict[str, list[Result]]:
+    arms = {arm: [seed[arm] for seed in found.values() if arm in seed] for arm in ARMS if not arm.startswith("noise")}
+    return {arm: results for arm, results in arms.items() if results}
+
+
+def _curve_tables(found: dict[int, dict[str, Result]]) -> list[str]:
+    tables = []
+    for name, title in CURVES.items():
+        curves = {arm: dict(mean_curve(results, name)) for arm, results in _by_arm(found).items()}
+        seen = sorted({samples for curve in curves.values() for samples in curve})
+        rows = [
+            (arm, *(f"{curve[at]:.4g}" if at in curve else "" for at in seen)) for arm, curve in curves.items() if curve
+        ]
+        if rows:
+            tables.append(_table((f"{title}, after scenes", *(f"{at:,}" for at in seen)), rows))
+    return tables
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def draw_curves(found: dict[int, dict[str, Result]], path: Path) -> bool:
+    """Writes the held-out curves as one SVG, a panel each; every seed faint, the mean strong. False: there are none."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    arms = _by_arm(found)
+    if not arms:
+        return False
+    with matplotlib.rc_context({"svg.hashsalt": "reproduction", "font.size": 9.0}):
+        drawing = Figure(figsize=(10, 6), layout="constrained")
+        panels = drawing.subplots(2, 3).flatten()
+        for axes, (name, title) in zip(panels, CURVES.items(), strict=False):
+            for arm, of_arm in arms.items():
+                for result in of_arm:
+                    _plot(axes, mean_curve([result], name), COLOURS[arm], linewidth=0.7, alpha=0.4)
+                _plot(axes, mean_curve(of_arm, name), COLOURS[arm], linewidth=1.9, label=arm)
+            axes.set_title(title)
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.grid(axis="y", linewidth=0.4)
+        handles, labels = panels[0].get_legend_handles_labels()
+        panels[-1].axis("off")
+        panels[-1].legend(handles, labels, loc="center", frameon=False)
+        with whole_file(path) as temporary:
+            drawing.savefig(temporary, format="svg", metadata={"Date": None})
+    return True
+
+
+def _plot(axes: Any, curve: Sequence[tuple[int, float]], colour: str, **style: Any) -> None:
+    if curve:
+        axes.plot(*zip(*curve, strict=True), color=colour, **style)
+
+
+def write_page(outcomes: Sequence[Outcome], found: dict[int, dict[str, Result]], path: Path, command: str) -> None:
+    """Writes the page, and its curves beside it as NAME.svg."""
+    picture = path.with_suffix(".svg")
+    text = page(outcomes, found, command, picture.name if draw_curves(found, picture) else "")
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def chosen_claims(names: Sequence[str]) -> list[Claim]:
+    """The claims of those names, in their own order; "all" is all of them."""
+    return [claim for claim in CLAIMS.values() if "all" in names or claim.name in names]
+
+
+def as_json(outcomes: Sequence[Outcome]) -> Mapping[str, Any]:
+    """The outcomes as figures for --json."""
+    return {
+        outcome.claim.name: {
+            "verdict": outcome.verdict,
+            "seeds": outcome.seeds,
+            "checks": [
+                {"check": check.words, "side": check.side, "bound": check.bound, "votes": check.votes,
+                 "mean": interval.mean, "values": list(interval.values), "holds": holds,
+                 "interval": [interval.low, interval.high] if outcome.seeds > 1 else None}
+                for check, interval, holds in outcome.checks
+            ],
+        }
+        for outcome in outcomes
+    }  # fmt: skip
