@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from test_shared_runs import start
 from test_training_step import LOSS, batch, build, gradients, vae  # noqa: F401
-from tiny_run import make_vae, tiny_config, tiny_model
+from tiny_run import tiny_config, tiny_model
 from torch import Tensor
 
 from openvision3.config import OpenVisionError, VAEConfig
@@ -104,8 +104,7 @@ def test_a_probe_needs_another_loss(vae: VAEConfig) -> None:  # noqa: F811
         validate(replace(config, meter_samples=-1))
 
 
-def test_the_meter_changes_nothing_and_is_in_log_and_report(tmp_path: Path) -> None:
-    vae = make_vae(tmp_path / "vae")
+def test_the_meter_changes_nothing_and_is_in_log_and_report(vae: VAEConfig, tmp_path: Path) -> None:  # noqa: F811
     runs = {
         samples: train(tiny_config(tmp_path / str(samples), vae, 3, meter_samples=samples, eval_every=4), "cpu")
         for samples in (0, 8)
@@ -128,8 +127,8 @@ def test_the_meter_changes_nothing_and_is_in_log_and_report(tmp_path: Path) -> N
     assert "Not measured: no loss of reconstruction is trained" in render(report_of_run(tmp_path / "text"))
 
 
-def test_processes_agree_with_one(tmp_path: Path) -> None:
-    vae, rows = make_vae(tmp_path / "vae"), []
+def test_processes_agree_with_one(vae: VAEConfig, tmp_path: Path) -> None:  # noqa: F811
+    rows: list[list[dict]] = []
     for size in (1, 2):
         for process in start(size, tmp_path / str(size), vae, 3):
             _, errors = process.communicate(timeout=300)

@@ -67,7 +67,7 @@ ARMS: dict[str, Arm] = {
 
 
 def arm_config(arm: str, seed: int, length: Length, out: Path, precision: Precision = "fp32") -> TrainConfig:
-    """The arm's recipe: `demo`'s first stage, shortened, on fewer things. `seed` is that of weights, noise and scenes."""
+    """The arm's recipe: `demo`'s first stage, shortened, on fewer things. `seed`: of weights, noise and scenes."""
     base = demo()
     scenes = SceneConfig(num_names=NAMES, size_min=0.4, size_max=0.8, count_weights=(0.8, 0.2, 0.0, 0.0))
     batches = length.samples // BATCH
