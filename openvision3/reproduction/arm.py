@@ -55,9 +55,12 @@ def run_arm(folder: Path, device: str = "cpu") -> None:
 def final_figures(config: TrainConfig, model: OpenVision3) -> dict[str, float]:
     """Reconstruction, zero-shot and retrieval on the benchmark's split, of the arm's own scenes and resolution."""
     from openvision3.evaluation.evaluate import evaluate_all, flat_figures
+    from openvision3.evaluation.fidelity import load_effnet_lite0
 
-    size, scenes = config.stage1.resolution, config.data.scenes
-    figures = evaluate_all(model, BENCHMARK, PARTS, config.eval_samples, size=size, scenes=scenes, landscapes=False)
+    size, scenes, network = config.stage1.resolution, config.data.scenes, load_effnet_lite0(model.device)
+    figures = evaluate_all(
+        model, BENCHMARK, PARTS, config.eval_samples, size=size, scenes=scenes, landscapes=False, network=network
+    )
     return flat_figures(figures)
 
 

@@ -20,7 +20,7 @@ class Length:
     samples: int = 6_016  # scenes, whole batches
     points: int = 6  # of the curves, after the one at the first step
     meter_samples: int = 192  # held-out scenes of the curves
-    eval_samples: int = 1_000  # scenes of `scenes-v1` with the arms' own distribution, at the end
+    eval_samples: int = 500  # scenes of `scenes-v1` with the arms' own distribution, at the end
 
     def __post_init__(self) -> None:
         if self.samples < 2 * BATCH:

@@ -14,6 +14,7 @@ REPRODUCED, SUPPORTED = "reproduced at full size", "supported at demo size"
 UNDECIDED, CONTRADICTED = "code path tested only", "contradicted"
 NOT_DECIDED = "not decided"  # of --quick
 # 97.5 % quantiles of Student's t, by degrees of freedom from 1
+LONG = 80_000  # scenes: the first stage of the recipe `demo`
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 MOST_SEEDS = len(T) + 1
 
@@ -41,19 +42,24 @@ class Interval:
 
 @dataclass(frozen=True)
 class Check:
-    """One number a seed, and where it must lie. `votes` False: shown beside the others, and decides nothing."""
+    """One number a seed, and where it must lie. `votes` False: shown beside the others, and decides nothing.
+
+    `takes_long`: in trainings shorter than `LONG` a failure says that they are short, and the check is open.
+    """
 
     words: str
     value: Callable[[Results], float]
     side: Literal["below", "above"]
     bound: float
     votes: bool = True
+    takes_long: bool = False
 
-    def holds(self, interval: Interval) -> bool | None:
-        """None where the interval reaches over the bound."""
+    def holds(self, interval: Interval, samples: int = LONG) -> bool | None:
+        """None where the interval reaches over the bound; `samples`: that an arm saw."""
         if interval.low <= self.bound <= interval.high:
             return None
-        return (interval.high < self.bound) == (self.side == "below")
+        right = (interval.high < self.bound) == (self.side == "below")
+        return None if self.takes_long and not right and samples < LONG else right
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,7 @@ def fall(arm: str, loss: str) -> Callable[[Results], float]:
     return minus(start(arm, loss), end(arm, loss))
 
 
+KID = "reconstruction/KID-EffNetLite0"
 PSNR, VAE_PSNR = "reconstruction/psnr", "reconstruction/vae_psnr"
 TOP1, R1 = "zeroshot/templates_top1", "retrieval/image_to_text_r1"
 U, T_ALONE, R_ALONE = "unified", "understanding", "reconstruction"
@@ -124,10 +131,12 @@ CLAIMS: dict[str, Claim] = {
         Claim(
             "a",
             "The unified encoder reconstructs near its VAE's ceiling while understanding holds",
-            (U, T_ALONE),
+            (U, T_ALONE, R_ALONE),
             (
                 Check("PSNR of the VAE alone less unified, dB",
-                      minus(figure(U, VAE_PSNR), figure(U, PSNR)), "below", 2.0),
+                      minus(figure(U, VAE_PSNR), figure(U, PSNR)), "below", 2.0, takes_long=True),
+                Check("PSNR, unified less reconstruction alone, dB",
+                      minus(figure(U, PSNR), figure(R_ALONE, PSNR)), "above", -1.0),
                 Check("zero-shot top-1, unified less understanding alone, points",
                       minus(figure(U, TOP1), figure(T_ALONE, TOP1), 100), "above", -3.0),
                 Check("R@1, unified less understanding alone, points",
@@ -135,7 +144,8 @@ CLAIMS: dict[str, Claim] = {
                 Check("zero-shot top-1 of unified less chance, points",
                       minus(figure(U, TOP1), figure(U, "zeroshot/chance_top1"), 100), "above", 0.0),
             ),
-            note="The paper's gap to its VAE is 1.94 dB (32.86 and 30.92); 3 points are our allowance.",
+            note=f"The paper's gap to its VAE is 1.94 dB (32.86 and 30.92). What understanding may cost, 1 dB and 3 "
+            f"points, is our choice. The ceiling takes long: below {LONG:,} scenes an arm, a wider gap leaves it open.",
         ),
         Claim(
             "b",
@@ -182,18 +192,19 @@ CLAIMS: dict[str, Claim] = {
         ),
         Claim(
             "d",
-            "VAE latents as input understand and reconstruct better than pixels, for the same samples",
+            "VAE latents as input give pictures nearer to the originals' distribution than pixels do (rFID; here a "
+            "kernel distance)",
             (U, "pixels"),
             (
-                Check("PSNR, latents less pixels, dB", minus(figure(U, PSNR), figure("pixels", PSNR)), "above", 0.0),
+                Check("KID of reconstructions (EfficientNet-Lite0), latents less pixels",
+                      minus(figure(U, KID), figure("pixels", KID)), "below", 0.0),
+                Check("PSNR, latents less pixels, dB", minus(figure(U, PSNR), figure("pixels", PSNR)), "above", 0.0,
+                      votes=False),
                 Check("zero-shot top-1, latents less pixels, points",
-                      minus(figure(U, TOP1), figure("pixels", TOP1), 100), "above", 0.0),
-                Check("LPIPS, latents by pixels",
-                      ratio(figure(U, "reconstruction/lpips"), figure("pixels", "reconstruction/lpips")),
-                      "below", 1.0, votes=False),
+                      minus(figure(U, TOP1), figure("pixels", TOP1), 100), "above", 0.0, votes=False),
             ),
-            note="The paper, at full length: pixels have the higher PSNR (32.82 against 30.33 dB), latents the lower "
-            "rFID (.216 against .980) and gFID (8.45 against 9.68), which are not measured here.",
+            note="The paper: rFID .216 on latents, .980 on pixels; gFID 8.45 and 9.68 (not measured here); PSNR 30.33 "
+            "and 32.82 dB, at a length where the pixels' decoder has long been learned.",
         ),
         Claim(
             "noise",
