@@ -122,6 +122,19 @@ def test_commands_parse(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_commands_in_the_text_are_there() -> None:
+    groups = {name.split()[0] for name in cli.COMMANDS}
+    wrong = []
+    for page in PAGES:
+        for words in re.findall(r"`ov3 ([^`]+)`", page.read_text(encoding="utf-8")):
+            first, second = [*words.split(), ""][:2]
+            alone = first in cli.COMMANDS or first.startswith("-")
+            known = alone or first in groups and (f"{first} {second.split('|')[0]}" in cli.COMMANDS or second == "...")
+            if not known and first.isalpha() and first.islower():  # not COMMAND
+                wrong.append(f"{page.relative_to(ROOT)}: ov3 {words}")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_the_parser_refuses_what_there_is_not() -> None:
     from openvision3.config import OpenVisionError
 
