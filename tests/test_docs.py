@@ -129,7 +129,11 @@ def test_commands_in_the_text_are_there() -> None:
         for words in re.findall(r"`ov3 ([^`]+)`", page.read_text(encoding="utf-8")):
             first, second = [*words.split(), ""][:2]
             alone = first in cli.COMMANDS or first.startswith("-")
-            known = alone or first in groups and (f"{first} {second.split('|')[0]}" in cli.COMMANDS or second == "...")
+            known = (
+                alone
+                or first in groups
+                and (f"{first} {second.split('|')[0]}" in cli.COMMANDS or second in ("", "..."))
+            )
             if not known and first.isalpha() and first.islower():  # not COMMAND
                 wrong.append(f"{page.relative_to(ROOT)}: ov3 {words}")
     assert not wrong, "\n".join(wrong)
@@ -211,6 +215,60 @@ def check_call(node: ast.Call, owner: str) -> None:
     elif owner == "model" and hasattr(OpenVision3, node.func.attr) and node.func.attr != "from_pretrained":
         signature = inspect.signature(getattr(OpenVision3, node.func.attr))
         signature.bind(None, *node.args, **{str(k.arg): k for k in node.keywords})
+
+
+# packages, each of which may import those before it and itself (docs/ARCHITECTURE.md); single files are free
+ORDER = (
+    "data",
+    "model",
+    "hub",
+    "evaluation",
+    "training",
+    "generation",
+    "vlm",
+    "reproduction",
+    "bench",
+    "app",
+    "commands",
+)
+EXCEPT = {("evaluation/front.py", "bench")}  # timing of a front beside its quality
+
+
+def imports(file: Path) -> Iterator[str]:
+    """The packages of ours that a file imports, wherever; without those for type checkers alone."""
+    nodes: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("openvision3."):
+            yield (node.module or "").split(".")[1]
+        nodes.extend(ast.iter_child_nodes(node))
+
+
+def test_imports_point_one_way() -> None:
+    package = ROOT / "openvision3"
+    wrong = set()
+    for file in package.rglob("*.py"):
+        home = file.relative_to(package).parts[0]
+        if home in ORDER:
+            later = ORDER[ORDER.index(home) + 1 :]
+            wrong |= {(str(file.relative_to(package)), name) for name in imports(file) if name in later}
+    assert wrong == EXCEPT
+
+
+def test_assets_are_named_with_their_licences() -> None:
+    from openvision3.assets import list_assets
+
+    text = (ROOT / "THIRD_PARTY.md").read_text()
+    for asset in list_assets():
+        rows = [row for row in text.split("\n") if row.startswith("|") and f"`{asset.name}`" in row]
+        assert len(rows) == 1 and f"`{asset.archive.project}`" in rows[0], asset.name
+        assert asset.licence.split()[0] in rows[0], asset.name
+
+
+def test_the_version_is_the_citations() -> None:
+    assert f"version: {openvision3.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 @pytest.mark.slow
