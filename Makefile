@@ -7,7 +7,7 @@ SHARED := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile
 
 LMMS := .venv-lmms
 
-.PHONY: quickstart test test-slow test-hf test-browser test-lmms lint constraints clean
+.PHONY: quickstart test test-slow test-hf test-browser test-lmms lint docs dist constraints clean
 
 quickstart: $(VENV)/.stamp-core
 	$(BIN)/ov3 quickstart $(ARGS)
@@ -31,6 +31,14 @@ test-lmms: $(LMMS)/.stamp
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/.stamp-dev
+	$(BIN)/python docs/api.py build/docs
+
+# The wheel is made of the sdist, in a folder of its own: nothing that merely lies here gets into it.
+dist: $(VENV)/.stamp-dev
+	rm -rf dist
+	$(BIN)/python -m build -o dist .
 
 # Python 3.11 first: it is what constraints.txt was resolved for. Below, --no-compile leaves byte-compiling to the first
 # import: of these packages little is ever imported.
