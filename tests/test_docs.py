@@ -6,9 +6,12 @@ import importlib
 import inspect
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tyro
@@ -289,3 +292,34 @@ def test_trainings_of_the_docs_resolve(capsys: pytest.CaptureFixture[str]) -> No
         assert code == 0, f"{block}: {shlex.join(args)}: {err}"
         assert out.strip()
     assert len(seen) > 10
+
+
+@pytest.mark.slow
+def test_the_reference_is_written_without_a_warning(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, ROOT / "docs" / "api.py", tmp_path], check=True, cwd=ROOT)
+    page = (tmp_path / "openvision3" / "hub" / "load.html").read_text(encoding="utf-8")
+    assert "Loads a model in eval mode" in page
+    assert "crop_back" in (tmp_path / "openvision3.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_readmes_python_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The README's blocks one after another, as a reader would, after the conversions that they need."""
+    from PIL import Image
+
+    from openvision3.config import SceneConfig
+    from openvision3.data.demo import render, scene
+
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(render(scene(SceneConfig(), "val", 0, 0), 150)).crop((0, 0, 150, 120)).save("picture.jpg")
+    for form in ("transformers", "transformers-vision"):
+        out = f"converted/{'vision' if form.endswith('vision') else form}"
+        assert cli.main(["convert", "demo", "--out", out, "--to", form]) == 0, capsys.readouterr().err
+    names: dict[str, Any] = {}
+    for block in PYTHON:
+        if block.page == ROOT / "README.md":
+            exec(compile(block.text, str(block), "exec"), names)
+    assert names["images_hat"].shape[2:] == (120, 150)
+    assert names["probabilities"].shape == (1, 2) and len(names["labels"]) == 2
