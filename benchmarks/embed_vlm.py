@@ -68,7 +68,8 @@ def main() -> None:
     for name in (WEIGHTS, DESCRIPTION):
         shutil.copyfile(run / "adapter" / name, DEMO_FOLDER / name)
     for stage in STAGES:
-        kept = [r for r in read_records(run / stage / "metrics.jsonl") if r["kind"] in ("train", "eval")]
+        records = run / stage / "metrics.jsonl"
+        kept = read_records(records) + read_records(records, "eval")
         text = "".join(json.dumps(record) + "\n" for record in kept)
         (DEMO_FOLDER / f"{stage}.jsonl").write_text(text)
     figures = table(*(json.loads(path.read_text()) for path in options.figures)) if options.figures else ""

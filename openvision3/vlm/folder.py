@@ -43,10 +43,6 @@ def load_vlm(name: str = DEMO, device: str | torch.device = "cpu", dtype: torch.
     if name == DEMO or (folder / "adapter.json").is_file():
         from openvision3.vlm.lora import load_adapter
 
-        if name == DEMO and not DEMO_FOLDER.is_dir():
-            raise OpenVisionError(
-                "no demo VLM is embedded yet: train one (ov3 vlm train demo), then name its folder, runs/vlm_demo/model"
-            )
         found = load_adapter(DEMO_FOLDER if name == DEMO else folder)
         return VLM(found.model.to(device, dtype).eval(), found.processor, str(name))
     if not (folder / "config.json").is_file():

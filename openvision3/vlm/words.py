@@ -85,7 +85,11 @@ def learn_words(
     with Monitor(folder, config.samples * (1 + config.epochs), shown=("loss",)) as monitor:
         monitor.say(f"words: the projector learns the words of {config.samples:,} captions")
 
+        steps = 0
+
         def progress(step: int, seen: int, figures: dict[str, float]) -> None:
+            nonlocal steps
+            steps = step
             if stop():
                 raise _Stopped
             monitor.advance(seen)
@@ -106,7 +110,7 @@ def learn_words(
             )
         except _Stopped:
             return False
-        monitor.record("eval", 0, monitor.total, figures)
+        monitor.record("eval", steps, monitor.total, figures)
         monitor.say("words: " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     projector = vlm.model.model.multi_modal_projector
     save_tensors(folder / WORDS, {name: value.detach().cpu() for name, value in projector.state_dict().items()}, {})
