@@ -180,7 +180,7 @@ def test_a_stopped_arm_goes_on_exactly_and_a_finished_one_is_kept(tmp_path: Path
     assert 0 < job.seen() < 160 and not schedule.results([job])
     said: list[str] = []
     schedule.run_jobs([job], 1, "cpu", said.append)
-    assert said[-1] == "done: unified, seed 0" and "resuming" in (folder / "log.txt").read_text()
+    assert "done: unified, seed 0" in said and "resuming" in (folder / "log.txt").read_text()
     assert (folder / "model" / "model.safetensors").read_bytes() == expected.read_bytes()
     found = schedule.results([job])[0]["unified"]
     assert "zeroshot/templates_top1" in found["figures"] and not (folder / "checkpoints").exists()
