@@ -145,7 +145,7 @@ def reconstruct(model: OpenVision3, picture: Image.Image, tau: float = 0.0, seed
 
 
 def caption(model: OpenVision3, picture: Image.Image, beams: int = 1) -> str:
-    """The model's caption of the picture's middle square; `beams` 1 is greedy. Raises `OpenVisionError` for bad ones."""
+    """The model's caption of the picture's middle square; `beams` 1 is greedy, 8 the most. Else `OpenVisionError`."""
     if not 1 <= beams <= 8:
         raise OpenVisionError(f"beams is {beams}: expected 1 to 8")
     with evaluating(model):
