@@ -117,4 +117,4 @@ def test_numbers_out_of_bounds_are_refused_before_the_generator() -> None:
     ):
         options = {"text": "a panda", "count": 1, "seed": 0, "guidance": 2.0, "steps": 4} | changes
         with pytest.raises(OpenVisionError, match=message):
-            functions.generate(None, **options)  # type: ignore[arg-type]
+            list(functions.generate(None, **options))  # type: ignore[arg-type]

@@ -29,6 +29,7 @@ MAX_TAU = 2.0
 MAX_LABELS, MAX_LETTERS = 200, 2000  # of zero-shot labels, and of any text
 MAX_PICTURES, MAX_STEPS, MAX_GUIDANCE = 8, 100, 20.0
 MAX_SEED = 2**31 - 1
+MAX_BEAMS = 8
 MAX_WORDS, MAX_SECONDS = 128, 60.0  # of an answer
 
 Part = TypeVar("Part")
@@ -115,8 +116,7 @@ def prepared(model: OpenVision3, picture: Image.Image, square: bool) -> torch.Te
 
 def reconstruct(model: OpenVision3, picture: Image.Image, tau: float = 0.0, seed: int = 0) -> Reconstruction:
     """The picture, the VAE's and the model's; noise of exactly sigma = `tau` (Eq. 3's upper end) goes on the tokens."""
-    if not 0 <= tau <= MAX_TAU:
-        raise OpenVisionError(f"noise is {tau:g}: expected 0 to {MAX_TAU:g}")
+    checked_number("noise", tau, 0, MAX_TAU)
     images = prepared(model, picture, square=False)
     size = picture.size if model.config.external is None else (images.shape[3], images.shape[2])
     step = model.config.downsampling
@@ -145,9 +145,8 @@ def reconstruct(model: OpenVision3, picture: Image.Image, tau: float = 0.0, seed
 
 
 def caption(model: OpenVision3, picture: Image.Image, beams: int = 1) -> str:
-    """The model's caption of the picture's middle square; `beams` 1 is greedy, 8 the most. Else `OpenVisionError`."""
-    if not 1 <= beams <= 8:
-        raise OpenVisionError(f"beams is {beams}: expected 1 to 8")
+    """The model's caption of the picture's middle square; `beams` 1 is greedy, `MAX_BEAMS` the most."""
+    checked_number("beams", beams, 1, MAX_BEAMS)
     with evaluating(model):
         return model.caption(prepared(model, picture, square=True), num_beams=int(beams))[0]
 
@@ -171,8 +170,11 @@ def zeroshot(model: OpenVision3, picture: Image.Image, typed: str) -> dict[str, 
 
 def generate(
     generator: "Generator", text: str, count: int, seed: int, guidance: float, steps: int
-) -> list[Image.Image]:
-    """Pictures of a text or a class name. Raises `OpenVisionError` where a number is out of bounds."""
+) -> Iterator[list[Image.Image]]:
+    """The pictures so far of a text or a class name, each time that one is done; no further after `MAX_SECONDS`.
+
+    Raises `OpenVisionError` where a number is out of bounds.
+    """
     from openvision3.generation.sample import SamplerConfig
 
     text = checked_text(text)
@@ -184,11 +186,15 @@ def generate(
         ("guidance", guidance, 1, MAX_GUIDANCE),
         ("steps", steps, 1, MAX_STEPS),
     ):
-        if not low <= value <= high:
-            raise OpenVisionError(f"{name} is {value:g}: expected {low} to {high:g}")
+        checked_number(name, value, low, high)
     sampler = SamplerConfig(int(steps), guidance=float(guidance))
-    images = generator.images([text] * int(count), range(int(count)), int(seed), sampler)
-    return [to_pil(image) for image in images.cpu()]
+    pictures: list[Image.Image] = []
+    end = time.monotonic() + MAX_SECONDS
+    for index in range(int(count)):
+        pictures.append(to_pil(generator.images([text], [index], int(seed), sampler)[0].cpu()))
+        yield list(pictures)
+        if time.monotonic() > end:
+            break
 
 
 def ask(vlm: "VLM", picture: Image.Image, text: str) -> Iterator[str]:
@@ -210,6 +216,14 @@ def ask(vlm: "VLM", picture: Image.Image, text: str) -> Iterator[str]:
         pieces.close()  # type: ignore[attr-defined]  # which stops the model
     if not said.strip():
         raise OpenVisionError("the model's answer is empty")
+
+
+def checked_number(name: str, value: Any, low: float, high: float) -> None:
+    """Raises `OpenVisionError` for what is no number, or not from `low` to `high`."""
+    if not isinstance(value, int | float):
+        raise OpenVisionError(f"{name} is no number: expected {low} to {high:g}")
+    if not low <= value <= high:
+        raise OpenVisionError(f"{name} is {value:g}: expected {low} to {high:g}")
 
 
 def checked_text(text: Any) -> str:
