@@ -5,7 +5,6 @@ Nothing is loaded from the network, and what can be read are a visitor's own upl
 
 import functools
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from openvision3.app import functions
 from openvision3.app.functions import Parts
 from openvision3.config import OpenVisionError
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 try:
     import gradio as gr
 except ImportError:
@@ -83,11 +82,6 @@ def launch(page: gr.Blocks, host: str, port: int, share: bool = False) -> str:
     except OSError as error:
         raise OpenVisionError(f"can't listen at {host}:{port}: {error}") from None
     return public or local
-
-
-def use_folder(folder: Path) -> None:
-    """Uploads go to this folder, rather than to one that all of the machine's Gradio pages share."""
-    os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(dir=folder)
 
 
 def upload(value: str | None, enabled: bool = True) -> gr.Image:

@@ -1,5 +1,6 @@
 """`ov3 app`: the model on a web page."""
 
+import os
 import signal
 import tempfile
 import threading
@@ -30,10 +31,10 @@ def app(options: Annotated[AppOptions, tyro.conf.arg(name="")]) -> int:
     if not 1 <= options.port <= 65535:
         raise OpenVisionError(f"--port {options.port}: expected 1 to 65535")
     with tempfile.TemporaryDirectory(prefix="ov3-app-", ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # for uploads: other Gradio pages share another; read at its import
         from openvision3.app import page  # says what to install before anything is loaded
         from openvision3.app.functions import load_parts
 
-        page.use_folder(Path(folder))
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # uploads are deleted then, too
         parts = load_parts(common.load_model(options), options.generator, options.vlm)
         for tab, reason in parts.reasons.items():
