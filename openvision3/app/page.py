@@ -26,10 +26,11 @@ MAX_WAITING = 32  # visitors in the queue; who comes after them is told so
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}  # of all that needs a model
 CACHE_SECONDS = (300, 1800)  # how often files are deleted, and at which age
 
-LABELS = "panda\napple\nsailboat\nlion\npiano"
+LABELS = "broccoli\nelephant\nnotebook\npiano\nsailboat"
 CSS = """
-.gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
-.reason { border-left: 4px solid #d97706; padding: 0.5em 1em; background: #d9770618; border-radius: 4px; }
+.gradio-container { width: 100% !important; max-width: 1200px !important; margin: 0 auto !important; }
+.reason .reason { all: unset; }
+.block.reason { border-left: 4px solid #d97706; padding: 0.5em 1em; background: #d9770618; border-radius: 4px; }
 """
 
 
@@ -93,6 +94,7 @@ def upload(value: str | None, enabled: bool = True) -> gr.Image:
         sources=["upload", "clipboard"],
         label="Picture",
         height=320,
+        buttons=["fullscreen"],
         interactive=enabled,
     )
     move = image.async_move_resource_to_block_cache
@@ -144,9 +146,10 @@ def _about(name: str) -> str:
 
 def _reason(parts: Parts, tab: str) -> bool:
     """Shows why a tab is greyed; returns whether it is not."""
-    if tab in parts.reasons:
-        gr.Markdown(f"Not everything is here: {parts.reasons[tab]}", elem_classes="reason")
-    return tab not in parts.reasons
+    reason = parts.reasons.get(tab, "")
+    if reason:
+        gr.Markdown(reason[0].upper() + reason[1:], elem_classes="reason", container=True)
+    return not reason
 
 
 def _picture(paths: list[str], enabled: bool = True) -> gr.Image:
@@ -158,7 +161,7 @@ def _picture(paths: list[str], enabled: bool = True) -> gr.Image:
 
 
 def _decibels(name: str, score: float | None) -> str:
-    return f"{name}: not part of this model" if score is None else f"{name}: {score:.2f} dB"
+    return f"{name}: none" if score is None else f"{name}: {score:.2f} dB"
 
 
 def _reconstruct_tab(parts: Parts, paths: list[str]) -> None:
@@ -177,11 +180,12 @@ def _reconstruct_tab(parts: Parts, paths: list[str]) -> None:
                 label="Original | from the tokens" if has_decoder else "Original | VAE alone",
                 interactive=False,
                 format="png",
-                height=400,
+                max_height=400,
             )
             with gr.Row():
-                shown = [_output(label) for label in ("Original", "VAE alone", "From the tokens")]
-                tokens = _output("Tokens: first 3 principal components")
+                shown = [_output(label) for label in ("Original", "VAE alone", "From tokens")]
+                tokens = _output("PCA of tokens")
+            gr.Markdown("dB: PSNR against the original. PCA: the tokens' three principal components as colours.")
 
     def work(path: str, noise: float) -> tuple[Any, ...]:
         found = functions.reconstruct(model, functions.read_upload(path), noise)
@@ -189,8 +193,8 @@ def _reconstruct_tab(parts: Parts, paths: list[str]) -> None:
         return (
             (found.original, other) if other is not None else None,
             found.original,
-            gr.Image(found.vae, label=_decibels("VAE alone", found.vae_psnr)),
-            gr.Image(found.unified, label=_decibels("From the tokens", found.unified_psnr)),
+            gr.Image(found.vae, label=_decibels("VAE", found.vae_psnr)),
+            gr.Image(found.unified, label=_decibels("Tokens", found.unified_psnr)),
             found.tokens,
         )
 
@@ -198,7 +202,7 @@ def _reconstruct_tab(parts: Parts, paths: list[str]) -> None:
 
 
 def _output(label: str) -> gr.Image:
-    return gr.Image(label=label, interactive=False, format="png", min_width=140, height=200, buttons=["download"])
+    return gr.Image(label=label, interactive=False, format="png", min_width=150, height=220, buttons=["fullscreen"])
 
 
 def _caption_tab(parts: Parts, paths: list[str]) -> None:
