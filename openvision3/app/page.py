@@ -26,7 +26,7 @@ MAX_WAITING = 32  # visitors in the queue; who comes after them is told so
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}  # of all that needs a model
 CACHE_SECONDS = (300, 1800)  # how often files are deleted, and at which age
 
-LABELS = "broccoli\nelephant\nnotebook\npiano\nsailboat"
+LABELS = "broccoli\nelephant\nnotebook\npanda\nsailboat"
 CSS = """
 .gradio-container { width: 100% !important; max-width: 1200px !important; margin: 0 auto !important; }
 .reason .reason { all: unset; }
