@@ -17,7 +17,7 @@ from openvision3.config import OpenVisionError
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 try:
-    import gradio as gr
+    import gradio as gr  # type: ignore[import-not-found]  # in .venv-app alone
 except ImportError:
     raise OpenVisionError("ov3 app needs Gradio: pip install 'openvision3[app]'") from None
 
