@@ -153,16 +153,15 @@ def caption(model: OpenVision3, picture: Image.Image, beams: int = 1) -> str:
 
 def zeroshot(model: OpenVision3, picture: Image.Image, typed: str) -> dict[str, float]:
     """Each typed label (one a line) with its probability. Raises `OpenVisionError` for none, or too many."""
-    from openvision3.commands.inference import prompts_for
     from openvision3.evaluation.retrieval import require_text_encoder
-    from openvision3.evaluation.zeroshot import label_embeddings
+    from openvision3.evaluation.zeroshot import label_embeddings, label_prompts
 
     require_text_encoder(model, "zero-shot classification")
     labels = list(dict.fromkeys(line.strip() for line in checked_text(typed).splitlines() if line.strip()))
     if not 1 <= len(labels) <= MAX_LABELS:
         raise OpenVisionError(f"{len(labels)} labels: expected 1 to {MAX_LABELS}, one a line")
     with evaluating(model):
-        _, texts = label_embeddings(model, [prompts_for(label) for label in labels])
+        _, texts = label_embeddings(model, [label_prompts(label) for label in labels])
         image = model.embed_image(prepared(model, picture, square=True)).float().cpu()
         probabilities = (model.temperature().float().cpu() * image @ texts.T).softmax(-1)[0]
     return dict(zip(labels, probabilities.tolist(), strict=True))
