@@ -3,9 +3,9 @@
 python benchmarks/app_load.py --visitors 8 --seconds 120        (in .venv-app; Linux)
 
 Each visitor uploads a picture and asks for a reconstruction, a caption, labels or a generated picture, again and again.
-Hostile uploads: a PNG of a few bytes that claims 40 000 x 40 000 pixels, one that claims 9000 x 9000, a JPEG cut in half,
-a text named .png, and 100 MB. Each must be told so in one line; each honest one must be answered.
-Memory: the server's RSS after a warm-up (every kind of request, honest and hostile, by all visitors) and 20 s after the end.
+Hostile uploads: PNGs of a few bytes that claim 40 000 x 40 000 and 9000 x 9000 pixels, a JPEG cut in half, a text named
+.png, and 100 MB. Each sender must be told so in one line; each honest request must be answered.
+Memory: the server's RSS after a warm-up (every kind of request by every visitor) and 20 s after the end.
 """
 
 import argparse

@@ -202,7 +202,7 @@ def _reconstruct_tab(parts: Parts, paths: list[str]) -> None:
 
 
 def _output(label: str) -> gr.Image:
-    return gr.Image(label=label, interactive=False, format="png", min_width=150, height=220, buttons=["fullscreen"])
+    return gr.Image(label=label, interactive=False, format="png", min_width=150, height=220, buttons=[])
 
 
 def _caption_tab(parts: Parts, paths: list[str]) -> None:
