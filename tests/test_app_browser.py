@@ -162,6 +162,7 @@ def test_an_error_is_shown_in_one_line(view: Any, tmp_path: Path) -> None:
     view.wait_for_timeout(1000)
     panel.get_by_role("button", name="Describe").click()
     view.get_by_text("bad.png: is not a picture of a known format").wait_for()
+    view.wait_for_timeout(1000)  # it flies in; for the screenshot
 
 
 def call(address: str, name: str, *values: Any) -> str:
