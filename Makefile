@@ -6,6 +6,7 @@ PYTEST := $(BIN)/python -m pytest
 SHARED := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile
 
 LMMS := .venv-lmms
+APP := .venv-app
 
 .PHONY: quickstart test test-slow test-hf test-browser test-lmms lint docs dist constraints clean
 
@@ -22,8 +23,9 @@ test-slow: $(VENV)/.stamp-dev
 test-hf: $(VENV)/.stamp-dev
 	$(PYTEST) -m hf $(ARGS) || [ $$? -eq 5 ]
 
-test-browser: $(VENV)/.stamp-dev
-	$(PYTEST) -m browser $(ARGS) || [ $$? -eq 5 ]
+# Chromium: apt-get install chromium, or CHROMIUM=/path/to/one
+test-browser: $(APP)/.stamp
+	$(APP)/bin/python -m pytest -m browser $(ARGS)
 
 test-lmms: $(LMMS)/.stamp
 	$(LMMS)/bin/python -m pytest -m lmms $(ARGS)
@@ -70,6 +72,17 @@ $(LMMS)/.stamp: $(VENV)/.stamp-dev constraints-lmms.txt
 	$(LMMS)/bin/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints-lmms.txt -e '.[vlm,bench]'
 	@touch $@
 
+# The app's own environment, likewise: Gradio needs an older Pillow.
+$(APP): $(APP)/.stamp
+
+$(APP)/.stamp: $(VENV)/.stamp-dev constraints-app.txt
+	@echo "Installing Gradio, playwright and what they need into $(APP)"
+	$(BIN)/python -m venv --clear $(APP)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > "$$($(APP)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beneath.pth"
+	$(APP)/bin/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints-app.txt -e '.[app]' playwright
+	@touch $@
+
 # A fresh resolution of the newest versions that pyproject.toml allows; torch and torchvision stay as pinned.
 constraints: $(BIN)/python
 	grep -E '^(torch|torchvision)==' constraints.txt > constraints.tmp
@@ -81,4 +94,4 @@ constraints: $(BIN)/python
 	mv new.tmp constraints.txt; rm constraints.tmp report.tmp
 
 clean:
-	rm -rf $(VENV) $(LMMS) build dist *.egg-info
+	rm -rf $(VENV) $(LMMS) $(APP) build dist *.egg-info

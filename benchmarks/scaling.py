@@ -353,9 +353,19 @@ def limits_table(options: Options) -> str:
                 s = scaling.step(work, plan, hardware)
                 most = [str(scaling.most_devices(work, plan, hardware, least)) for least in (0.9, 0.5)]
                 rows.append(
-                    [f"`{name}`, stage {number}", f"{stride}", f"{plan.local(work)}", ms(s.matrix), ms(s.convolution),
-                     ms(s.host), ms(s.optimizer), ms(s.exposed + s.gathers), ms(s.contrastive), ms(s.seconds),
-                     several(most)]  # fmt: skip
+                    [
+                        f"`{name}`, stage {number}",
+                        f"{stride}",
+                        f"{plan.local(work)}",
+                        ms(s.matrix),
+                        ms(s.convolution),
+                        ms(s.host),
+                        ms(s.optimizer),
+                        ms(s.exposed + s.gathers),
+                        ms(s.contrastive),
+                        ms(s.seconds),
+                        several(most),
+                    ]  # fmt: skip
                 )
     header = ["256 GPUs", "`pixel_stride`", "samples a GPU", "matrix, ms", "convolutions", "host", "optimizer",
               "network, exposed", "contrastive", "step", "GPUs at 90 / 50 % of ideal"]  # fmt: skip

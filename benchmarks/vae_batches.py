@@ -46,9 +46,7 @@ def main() -> None:
 
     def decode(at_once: int) -> None:
         with autocast(device, "bf16"):
-            loss, _, _ = DecodedLosses.apply(
-                latents.clone().requires_grad_(), pixels, vae, metric, 0.5, count, at_once
-            )
+            loss, _, _ = DecodedLosses.apply(latents.clone().requires_grad_(), pixels, vae, metric, 0.5, count, at_once)
         loss.backward()
 
     sizes = [2**n for n in range(count.bit_length()) if 2**n <= count]

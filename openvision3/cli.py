@@ -58,6 +58,7 @@ COMMANDS: dict[str, Command] = {
     "vlm train": Command("LLaVA on a frozen encoder: ov3 vlm train RECIPE", "vlm_train", "train", takes_args=True),
     "vlm chat": Command("questions about a picture, in the terminal", "vlm_chat", "chat"),
     "vlm eval": Command("presence, counts, relations, captions; POPE, MME, ...", "vlm_eval", "vlm_eval"),
+    "app": Command("a web page: reconstruct, caption, zero-shot, generate, ask", "app", "app"),
     "bench data": Command(
         "how fast training samples come, and how many cores feed a device", "bench_data", "bench_data"
     ),

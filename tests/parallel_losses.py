@@ -62,9 +62,7 @@ def results(folder: Path, case: Case, world: World = ALONE) -> dict[str, Tensor]
     set_learning_rate(optimizer, 1e-3)
     metric: Any = LargestDifference()
     loss: Any = LossConfig(alpha=0.7, pixel_stride=3, contrastive=case.loss)  # type: ignore[arg-type]
-    objective = Objective(
-        model, loss, 0.5, metric, seed=3, micro_batch=case.micro_batch, world=world, engine=engine
-    )
+    objective = Objective(model, loss, 0.5, metric, seed=3, micro_batch=case.micro_batch, world=world, engine=engine)
     found: dict[str, Tensor] = {}
     for step in (1, 2):
         losses = objective.backward(make_batch(world))

@@ -55,16 +55,26 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     folder = tmp_path_factory.mktemp("vae")
     torch.manual_seed(0)
     kinds: dict[str, Any] = {
-        "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
     }
     diffusers.AutoencoderKL(
-        block_out_channels=(8, 8, 16, 16), norm_num_groups=4, latent_channels=16, use_quant_conv=False,
-        use_post_quant_conv=False, **kinds,
+        block_out_channels=(8, 8, 16, 16),
+        norm_num_groups=4,
+        latent_channels=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        **kinds,
     ).save_pretrained(folder)
     vocab_size = demo_tokenizer().vocab_size
     model = ModelConfig(
-        "tiny", image_size=64, embed_dim=20, encoder=SIZE, decoder=replace(SIZE, width=48),
-        text_encoder=TextEncoderConfig(WORDS, vocab_size, 40), text_decoder=TextDecoderConfig(WORDS, vocab_size, 72),
+        "tiny",
+        image_size=64,
+        embed_dim=20,
+        encoder=SIZE,
+        decoder=replace(SIZE, width=48),
+        text_encoder=TextEncoderConfig(WORDS, vocab_size, 40),
+        text_decoder=TextDecoderConfig(WORDS, vocab_size, 72),
         vae=VAEConfig("diffusers", str(folder), latent_scale=0.36, latent_shift=0.1),
     )
     return TrainConfig("tiny", model, stage1=StageConfig(64, 8), stage2=StageConfig(48, 8, lpips_weight=0.5))

@@ -21,9 +21,7 @@ def described(scene: demo.Scene) -> str:
 
 
 def benchmark() -> list[demo.Scene]:
-    return [
-        demo.scene(SceneConfig(), demo.BENCHMARK, demo.BENCHMARK_SEED, i) for i in range(demo.BENCHMARK_SAMPLES)
-    ]
+    return [demo.scene(SceneConfig(), demo.BENCHMARK, demo.BENCHMARK_SEED, i) for i in range(demo.BENCHMARK_SAMPLES)]
 
 
 def test_benchmark_is_frozen():

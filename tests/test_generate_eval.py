@@ -106,9 +106,7 @@ def test_npz_samples_and_reference(
     assert out.splitlines()[1:] == from_folder.splitlines()[1:]  # but for the first line, on where samples come from
 
 
-def test_wrong_use_is_one_line(
-    capsys: pytest.CaptureFixture[str], folders: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_wrong_use_is_one_line(capsys: pytest.CaptureFixture[str], folders: tuple[Path, Path], tmp_path: Path) -> None:
     made, real = folders
     np.savez(tmp_path / "statistics.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     np.savez(tmp_path / "s.npz", np.zeros((4, 8, 8, 3), np.uint8))

@@ -52,9 +52,7 @@ def test_info_prints_the_parts(capsys: pytest.CaptureFixture[str], tiny_model: P
         assert part in out
 
 
-def test_info_says_how_positions_are_made(
-    capsys: pytest.CaptureFixture[str], tiny_model: Path, tmp_path: Path
-) -> None:
+def test_info_says_how_positions_are_made(capsys: pytest.CaptureFixture[str], tiny_model: Path, tmp_path: Path) -> None:
     model = OpenVision3.load(tiny_model)
     for name, change, expected in (
         ("scaled", {"positions": "scaled"}, "computed; at other sizes spread over what 4 x 4 tokens cover"),

@@ -119,9 +119,9 @@ def test_the_meter_changes_nothing_and_is_in_log_and_report(vae: VAEConfig, tmp_
     assert "Cosine of the two gradients" in page and "Synergy" not in render(report_of_run(runs[0]))
 
     model = tiny_model(vae, decoder=None)
-    (row,) = read_records(
-        train(tiny_config(tmp_path / "text", vae, 1, model=model), "cpu") / "metrics.jsonl", "meter"
-    )[-1:]
+    (row,) = read_records(train(tiny_config(tmp_path / "text", vae, 1, model=model), "cpu") / "metrics.jsonl", "meter")[
+        -1:
+    ]
     assert row["gradient_cosine"] is None and row["reconstruction_gradient"] is None
     assert row["understanding_gradient"] > 0 and "reconstruction" in row["left_out"]
     assert "Not measured: no loss of reconstruction is trained" in render(report_of_run(tmp_path / "text"))

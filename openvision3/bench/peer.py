@@ -329,8 +329,10 @@ def block_weights(name: str, block: Any) -> dict[str, Tensor]:
     if (cross := block.cross) is not None:
         key, value = cross.key_value.weight.chunk(2)
         same = key.shape == cross.query.weight.shape  # PyTorch packs them then
-        split = {f"{name}.cross.{part}_proj_weight": weight for part, weight in
-                 zip("qkv", (cross.query.weight, key, value), strict=True)}
+        split = {
+            f"{name}.cross.{part}_proj_weight": weight
+            for part, weight in zip("qkv", (cross.query.weight, key, value), strict=True)
+        }
         packed = {f"{name}.cross.in_proj_weight": torch.cat([cross.query.weight, key, value])} if same else split
         found |= packed | {
             **renamed(f"{name}.ln_cross", block.norm_cross),

@@ -223,7 +223,10 @@ class TrainingSide:
         self.step, self.trained, frozen = (peer_step if kind.peer else our_step)(case, kind, model, batch)
         parameters = sum(parameter.nbytes for parameter in self.trained)
         self.static = {  # AdamW keeps two moments
-            "parameters": parameters, "gradients": parameters, "optimizer": 2 * parameters, "frozen": frozen
+            "parameters": parameters,
+            "gradients": parameters,
+            "optimizer": 2 * parameters,
+            "frozen": frozen,
         }
 
     def turn(self) -> dict[str, Any]:
@@ -242,9 +245,7 @@ class TrainingSide:
         return {"seconds": seconds, "losses": values, "peak": above, "static": self.static}
 
 
-def our_step(
-    case: Case, kind: SideKind, model: OpenVision3, batch: Batch
-) -> tuple[Step, list[nn.Parameter], int]:
+def our_step(case: Case, kind: SideKind, model: OpenVision3, batch: Batch) -> tuple[Step, list[nn.Parameter], int]:
     """The training loop's step, its trained parameters, and the bytes of the frozen ones."""
     config, stage = case.config, case.stage()
     if kind.fast:
@@ -266,9 +267,7 @@ def our_step(
     return step, *split_parameters(model, objective.perceptual)
 
 
-def peer_step(
-    case: Case, kind: SideKind, model: OpenVision3, batch: Batch
-) -> tuple[Step, list[nn.Parameter], int]:
+def peer_step(case: Case, kind: SideKind, model: OpenVision3, batch: Batch) -> tuple[Step, list[nn.Parameter], int]:
     """As `our_step`, of the peer with `model`'s weights; plain code, as one would write it."""
     from openvision3.bench.peer import Peer, adamw
 

@@ -123,17 +123,19 @@ def print_comparison(found: "Comparison") -> None:
         seconds, rate = Spread.of(side.seconds), found.flops_per_second(name)
         of_limits = " ".join(f"{share:.0%}" for share in found.of_limits(name).values())
         against = found.ratios.get((found.best_peer.name, name))
-        rows.append([
-            name,
-            str(seconds),
-            f"{case.batch_size / seconds.median:.3g}",
-            str(against) if against else "",
-            f"{rate / 1e9:.0f}",
-            of_limits,
-            gib(side.peak),
-            gib(sum(side.static.values())),
-            gib(side.activations),
-        ])
+        rows.append(
+            [
+                name,
+                str(seconds),
+                f"{case.batch_size / seconds.median:.3g}",
+                str(against) if against else "",
+                f"{rate / 1e9:.0f}",
+                of_limits,
+                gib(side.peak),
+                gib(sum(side.static.values())),
+                gib(side.activations),
+            ]
+        )
     limits = ", ".join(f"{name} {limit.median / 1e9:.0f} GFLOP/s" for name, limit in found.limits.items())
     lpips = case.stage().config.lpips_weight
     common.print_table(
@@ -142,9 +144,11 @@ def print_comparison(found: "Comparison") -> None:
         ["side", "s a step", "samples/s", "peer takes x", "GFLOP/s", "of limits", "peak GiB", "static", "the rest"],
         rows,
     )
-    print(f"limits of this run: {limits} (the columns' order); GFLOPs of a step: "
-          f"{sum(found.flops[False].values()) / 1e9:.0f}, with the speed options "
-          f"{sum(found.flops[True].values()) / 1e9:.0f}")
+    print(
+        f"limits of this run: {limits} (the columns' order); GFLOPs of a step: "
+        f"{sum(found.flops[False].values()) / 1e9:.0f}, with the speed options "
+        f"{sum(found.flops[True].values()) / 1e9:.0f}"
+    )
     for (slower, faster), ratio in found.ratios.items():
         print(f"{slower} takes {ratio} times as long as {faster}")
     for note in found.notes:

@@ -41,9 +41,7 @@ def _compare(model: Any, data: "SampleSet", batch_size: int = 32) -> dict[str, A
     from openvision3.evaluation.front import compare_front
 
     with common.Progress(None, "pictures") as progress:
-        figures = compare_front(
-            model, data, batch_size, progress=lambda done: progress.advance(done - progress.done)
-        )
+        figures = compare_front(model, data, batch_size, progress=lambda done: progress.advance(done - progress.done))
     print_comparison(figures)
     return figures
 

@@ -247,10 +247,9 @@ def prompts_for(label: str, templates: Sequence[str] = ()) -> list[str]:
             raise OpenVisionError(f"--templates {template!r} has no {{}} for the label")
     if templates:
         return [template.replace("{}", label) for template in templates]
-    from openvision3.data.demo import scene_names
-    from openvision3.evaluation.zeroshot import demo_prompts
+    from openvision3.evaluation.zeroshot import label_prompts
 
-    return demo_prompts(label) if label in scene_names() else [f"a photo of a {label}"]
+    return label_prompts(label)
 
 
 def token_grid(model: "OpenVision3", pixels: "Tensor") -> tuple[int, int]:

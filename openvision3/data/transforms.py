@@ -67,9 +67,12 @@ def load_image(path: str | Path) -> Image.Image:
         raise OpenVisionError(f"{path}: can't be read ({error.strerror or error})") from None
 
 
-def decode_image(file: BinaryIO, name: str) -> Image.Image:
-    """Decodes a picture from an open binary file as `load_image` does; its errors begin with `name`."""
-    with _opened(file, name) as (image, turn):
+def decode_image(file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decodes a picture from an open binary file as `load_image` does; its errors begin with `name`.
+
+    One whose header claims more than `max_pixels` pixels is refused before it is decoded.
+    """
+    with _opened(file, name, max_pixels) as (image, turn):
         image.load()
         rgb = _to_rgb(image)
         return (rgb.copy() if rgb is image else rgb) if turn is None else rgb.transpose(turn)
@@ -98,7 +101,9 @@ def decode_crops(
 
 
 @contextmanager
-def _opened(file: BinaryIO, name: str) -> Iterator[tuple[Image.Image, Image.Transpose | None]]:
+def _opened(
+    file: BinaryIO, name: str, max_pixels: int = MAX_PIXELS
+) -> Iterator[tuple[Image.Image, Image.Transpose | None]]:
     """A picture of which no more than the header was read, and what turns it upright; errors name it in one line."""
     file.seek(0)
     if not file.read(1):
@@ -108,13 +113,13 @@ def _opened(file: BinaryIO, name: str) -> Iterator[tuple[Image.Image, Image.Tran
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of bombs at half of the size that is refused here
             with Image.open(file, formats=_formats()) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise OpenVisionError(_too_large(name, f"{image.width} x {image.height}"))
+                if image.width * image.height > max_pixels:
+                    raise OpenVisionError(_too_large(name, f"{image.width} x {image.height}", max_pixels))
                 yield image, _UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION, 1))
     except OpenVisionError:
         raise
     except Image.DecompressionBombError:
-        raise OpenVisionError(_too_large(name, "its header claims far more")) from None
+        raise OpenVisionError(_too_large(name, "its header claims far more", max_pixels)) from None
     except Image.UnidentifiedImageError:
         raise OpenVisionError(f"{name}: is not a picture of a known format") from None
     except Exception as error:  # Pillow's decoders meet broken files with every kind of exception
@@ -168,8 +173,8 @@ def _formats() -> list[str]:
     return [name for name in Image.ID if name not in ("EPS", "WMF")]
 
 
-def _too_large(name: str, size: str) -> str:
-    return f"{name}: too large ({size} pixels); at most {MAX_PIXELS / 1e6:.0f} million pixels are read"
+def _too_large(name: str, size: str, max_pixels: int) -> str:
+    return f"{name}: too large ({size} pixels); at most {max_pixels / 1e6:.0f} million pixels are read"
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -26,6 +26,13 @@ def demo_prompts(name: str) -> list[str]:
     return [thing, *sized, *(f"{thing} {phrase}" for phrase in grammar.scene_phrases())]
 
 
+def label_prompts(label: str) -> list[str]:
+    """Prompts for a label that a user wrote: the demo's own for its things, else "a photo of a {}"."""
+    from openvision3.data.demo import scene_names
+
+    return demo_prompts(label) if label in scene_names() else [f"a photo of a {label}"]
+
+
 def imagenet_prompts(name: str) -> list[str]:
     """The 80 prompts of CLIP for a label of photographs, after the bare "a photo of a {}"."""
     try:

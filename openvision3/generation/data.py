@@ -75,8 +75,6 @@ def latents_of(config: GeneratorTrainConfig, model: OpenVision3) -> tuple[Latent
 def held_out(config: GeneratorTrainConfig, model: OpenVision3, folder: Path, count: int) -> tuple[Tensor, list[str]]:
     """Pictures to compare sheets with, uint8 (B, 3, R, R), and their texts: held-out scenes, or the first of tars."""
     data = replace(config.data, num_workers=0, latents="")
-    stream = open_batches(
-        replace(config, data=data), model, folder, start=0, stop=count, batch_size=count, split="val"
-    )
+    stream = open_batches(replace(config, data=data), model, folder, start=0, stop=count, batch_size=count, split="val")
     batch = next(iter(stream))
     return torch.as_tensor(batch.images), batch.captions

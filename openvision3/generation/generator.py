@@ -46,9 +46,7 @@ class Generator:
         """Tokens (B, N, D), fp32, of prompts or class names; `indices` choose the noise within `seed`."""
         condition = conditions(self.space.model, self.description.generator, texts, self.description.classes)
         with autocast(self.space.model.device, precision):
-            return sample(
-                self.dit, self.normalizer, condition, indices, seed, sampler or self.sampler(), self.weak
-            )
+            return sample(self.dit, self.normalizer, condition, indices, seed, sampler or self.sampler(), self.weak)
 
     @torch.no_grad()
     def images(

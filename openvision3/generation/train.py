@@ -150,9 +150,7 @@ def settled(config: GeneratorTrainConfig, space: PictureSpace) -> GeneratorTrain
     return replace(config, generator=generator, resolution=space.resolution)
 
 
-def begin(
-    config: GeneratorTrainConfig, folder: Path, world: World, space: PictureSpace, resume: Path | None
-) -> Run:
+def begin(config: GeneratorTrainConfig, folder: Path, world: World, space: PictureSpace, resume: Path | None) -> Run:
     """Builds or loads what the run trains."""
     state = read_state(resume) if resume else {}
     device = space.model.device
@@ -390,6 +388,4 @@ def describe(config: GeneratorTrainConfig, space: PictureSpace) -> Description:
     """What the generator's folder says of it; a folder of the frozen model by its absolute path."""
     model = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
     text = text_fingerprint(space.model) if config.generator.condition == "text" else ""
-    return Description(
-        config.generator, model, config.space, space.resolution, space.fingerprint, text, config.classes
-    )
+    return Description(config.generator, model, config.space, space.resolution, space.fingerprint, text, config.classes)

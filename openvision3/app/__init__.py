@@ -1,0 +1,1 @@
+"""The web page of `ov3 app`."""
