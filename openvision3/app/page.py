@@ -298,7 +298,7 @@ def _ask_tab(parts: Parts, paths: list[str]) -> None:
         with gr.Column(min_width=300):
             picture = _picture(paths, enabled)
             text = gr.Textbox(
-                "What is in the picture?", label="Question", max_length=functions.MAX_LETTERS, interactive=enabled
+                "Describe the picture.", label="Question", max_length=functions.MAX_LETTERS, interactive=enabled
             )
             button = gr.Button("Ask", variant="primary", interactive=enabled)
         with gr.Column(min_width=300):
