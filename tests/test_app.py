@@ -118,3 +118,9 @@ def test_numbers_out_of_bounds_are_refused_before_the_generator() -> None:
         options = {"text": "a panda", "count": 1, "seed": 0, "guidance": 2.0, "steps": 4} | changes
         with pytest.raises(OpenVisionError, match=message):
             list(functions.generate(None, **options))  # type: ignore[arg-type]
+
+
+def test_examples_come_with_a_question_about_the_first(tmp_path: Path) -> None:
+    paths, question = functions.write_examples(tmp_path / "new", 32, count=2)
+    assert [functions.read_upload(path).size for path in paths] == [(32, 32)] * 2
+    assert question.startswith("is there") or question.startswith("Is there")

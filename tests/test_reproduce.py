@@ -167,6 +167,7 @@ def tiny(folder: Path, vae: VAEConfig, steps: int = 4) -> TrainConfig:
     return replace(config, stage1=replace(config.stage1, samples=4 * steps), checkpoint_every=4)
 
 
+@pytest.mark.slow
 def test_a_stopped_arm_goes_on_exactly_and_a_finished_one_is_kept(
     tmp_path: Path, vae: VAEConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

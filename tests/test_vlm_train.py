@@ -93,6 +93,7 @@ def test_two_processes(config, alone, tmp_path, parallel):
             torch.testing.assert_close(x[name], y[name], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_begins_with_words(config, tmp_path):
     """With words learned first, two processes train what one does, from the projector that the first wrote."""
     entries = [(1, ["what", f"a {('key', 'lion', 'panda')[n % 3]} and an apple"]) for n in range(24)]

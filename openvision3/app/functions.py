@@ -1,7 +1,7 @@
 """What the page's tabs do, without the page: pictures and texts in, pictures and texts out."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from openvision3.config import OpenVisionError
+from openvision3.config import OpenVisionError, SceneConfig
 from openvision3.data.transforms import crop_back, decode_image, preprocess, to_pil
 from openvision3.evaluation.gallery import token_pictures
 from openvision3.evaluation.reconstruction import psnr
@@ -31,6 +31,7 @@ MAX_PICTURES, MAX_STEPS, MAX_GUIDANCE = 8, 100, 20.0
 MAX_SEED = 2**31 - 1
 MAX_BEAMS = 8
 MAX_WORDS, MAX_SECONDS = 128, 60.0  # of an answer
+BENCHMARK = SceneConfig()
 
 Part = TypeVar("Part")
 
@@ -232,14 +233,13 @@ def checked_text(text: Any) -> str:
     return text.strip()
 
 
-def write_examples(folder: Path, size: int, count: int = 4) -> Sequence[Path]:
-    """Renders the first scenes of the frozen benchmark as PNG files for the page."""
-    from openvision3.config import SceneConfig
-    from openvision3.data import demo
+def write_examples(folder: Path, size: int, scenes: SceneConfig = BENCHMARK, count: int = 4) -> tuple[list[Path], str]:
+    """Renders the first of the benchmark's scenes as PNG files; returns them and a question about the first."""
+    from openvision3.data import demo, grammar
 
-    paths = []
-    for index in range(count):
-        scene = demo.scene(SceneConfig(), demo.BENCHMARK, demo.BENCHMARK_SEED, index)
-        paths.append(folder / f"scene{index}.png")
-        Image.fromarray(demo.render(scene, size)).save(paths[-1])
-    return paths
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = [demo.scene(scenes, demo.BENCHMARK, demo.BENCHMARK_SEED, index) for index in range(count)]
+    paths = [folder / f"scene{index}.png" for index in range(count)]
+    for path, scene in zip(paths, drawn, strict=True):
+        Image.fromarray(demo.render(scene, size)).save(path)
+    return paths, grammar.presence_question(drawn[0].things[0].name)

@@ -3,9 +3,11 @@
 Nothing is loaded from the network, and what can be read are a visitor's own uploads and the page's pictures.
 """
 
-import functools
+import contextlib
+import ctypes
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from PIL import Image
 
 from openvision3.app import functions
 from openvision3.app.functions import Parts
-from openvision3.config import OpenVisionError
+from openvision3.config import OpenVisionError, SceneConfig
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 try:
@@ -24,9 +26,12 @@ except ImportError:
 MAX_BYTES = 10 * 2**20  # of an upload
 MAX_WAITING = 32  # visitors in the queue; who comes after them is told so
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}  # of all that needs a model
+WORKER = ThreadPoolExecutor(1, "models")
+END = object()
 CACHE_SECONDS = (300, 1800)  # how often files are deleted, and at which age
 
 LABELS = "broccoli\nelephant\nnotebook\npanda\nsailboat"
+SCENES = SceneConfig(num_names=100)  # what the demo VLM knows
 CSS = """
 .gradio-container { width: 100% !important; max-width: 1200px !important; margin: 0 auto !important; }
 .reason .reason { all: unset; }
@@ -40,7 +45,8 @@ def build(parts: Parts, name: str, examples: Path) -> gr.Blocks:
     A tab whose part is missing is greyed, says why, and has no endpoint.
     """
     model = parts.model
-    paths = [str(path) for path in functions.write_examples(examples, model.config.image_size)]
+    size = model.config.image_size
+    paths, _ = functions.write_examples(examples, size)
     with gr.Blocks(
         title=f"OpenVision 3: {name}", analytics_enabled=False, fill_width=True, delete_cache=CACHE_SECONDS
     ) as page:
@@ -55,7 +61,7 @@ def build(parts: Parts, name: str, examples: Path) -> gr.Blocks:
             with gr.Tab("Generate"):
                 _generate_tab(parts)
             with gr.Tab("Ask"):
-                _ask_tab(parts, paths)
+                _ask_tab(parts, *functions.write_examples(examples / "ask", size, SCENES))
         gr.Markdown(
             f"Pictures: at most {MAX_BYTES // 2**20} MB and {functions.MAX_PIXELS // 10**6} million pixels; the long "
             f"side is reduced to {functions.MAX_SIDE}. They are deleted within {sum(CACHE_SECONDS) // 60} minutes."
@@ -109,30 +115,32 @@ def upload(value: str | None, enabled: bool = True) -> gr.Image:
     return image
 
 
-def told(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with its `OpenVisionError`s shown to the visitor who caused them, in one line."""
+def told(function: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
+    """The function, or generator, run in the models' own thread; its `OpenVisionError`s go to the visitor, in one line.
 
-    @functools.wraps(function)
-    def wrapped(*values: Any) -> Any:
+    One thread, as PyTorch and malloc keep memory for each that they have served; what they can spare is given back.
+    """
+
+    def work(*values: Any) -> Iterator[Any]:
         try:
-            return function(*values)
+            found = WORKER.submit(function, *values).result()
+            if not isinstance(found, Iterator):
+                yield found
+                return
+            while (piece := WORKER.submit(next, found, END).result()) is not END:
+                yield piece
         except OpenVisionError as error:
             raise gr.Error(str(error), duration=15, print_exception=False) from None
+        finally:
+            WORKER.submit(give_back).result()
 
-    return wrapped
+    return work
 
 
-def told_each(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-    """`told` for a function that yields."""
-
-    @functools.wraps(function)
-    def wrapped(*values: Any) -> Iterator[Any]:
-        try:
-            yield from function(*values)
-        except OpenVisionError as error:
-            raise gr.Error(str(error), duration=15, print_exception=False) from None
-
-    return wrapped
+def give_back() -> None:
+    """Hands the memory that was freed back to the system, where the C library (glibc) can."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _about(name: str) -> str:
@@ -152,11 +160,11 @@ def _reason(parts: Parts, tab: str) -> bool:
     return not reason
 
 
-def _picture(paths: list[str], enabled: bool = True) -> gr.Image:
+def _picture(paths: list[Path], enabled: bool = True) -> gr.Image:
     """An upload with examples below it; the first is there at once."""
-    image = upload(paths[0], enabled)
+    image = upload(str(paths[0]), enabled)
     if enabled:
-        gr.Examples([[path] for path in paths], [image], label="Examples", api_visibility="private")
+        gr.Examples([[str(path)] for path in paths], [image], label="Examples", api_visibility="private")
     return image
 
 
@@ -164,7 +172,7 @@ def _decibels(name: str, score: float | None) -> str:
     return f"{name}: none" if score is None else f"{name}: {score:.2f} dB"
 
 
-def _reconstruct_tab(parts: Parts, paths: list[str]) -> None:
+def _reconstruct_tab(parts: Parts, paths: list[Path]) -> None:
     model = parts.model
     _reason(parts, "reconstruct")
     has_decoder = model.config.decoder is not None
@@ -205,7 +213,7 @@ def _output(label: str) -> gr.Image:
     return gr.Image(label=label, interactive=False, format="png", min_width=150, height=220, buttons=[])
 
 
-def _caption_tab(parts: Parts, paths: list[str]) -> None:
+def _caption_tab(parts: Parts, paths: list[Path]) -> None:
     enabled = _reason(parts, "caption")
     with gr.Row():
         with gr.Column(min_width=300):
@@ -222,7 +230,7 @@ def _caption_tab(parts: Parts, paths: list[str]) -> None:
         button.click(told(work), [picture, beams], text, api_name="caption", **ONE_AT_A_TIME)
 
 
-def _zeroshot_tab(parts: Parts, paths: list[str]) -> None:
+def _zeroshot_tab(parts: Parts, paths: list[Path]) -> None:
     enabled = _reason(parts, "zeroshot")
     with gr.Row():
         with gr.Column(min_width=300):
@@ -288,18 +296,18 @@ def _generate_tab(parts: Parts) -> None:
         return functions.generate(generator, *values)
 
     inputs = [text, count, seed, guidance, steps]
-    gr.on([button.click, text.submit], told_each(work), inputs, gallery, api_name="generate", **ONE_AT_A_TIME)
+    gr.on([button.click, text.submit], told(work), inputs, gallery, api_name="generate", **ONE_AT_A_TIME)
 
 
-def _ask_tab(parts: Parts, paths: list[str]) -> None:
+def _ask_tab(parts: Parts, paths: list[Path], question: str) -> None:
     vlm = parts.vlm
     enabled = _reason(parts, "ask")
+    if vlm is not None and vlm.name == "demo":
+        gr.Markdown("The demo VLM knows 100 drawn things. It says whether one is in a scene, and little else.")
     with gr.Row():
         with gr.Column(min_width=300):
             picture = _picture(paths, enabled)
-            text = gr.Textbox(
-                "Describe the picture.", label="Question", max_length=functions.MAX_LETTERS, interactive=enabled
-            )
+            text = gr.Textbox(question, label="Question", max_length=functions.MAX_LETTERS, interactive=enabled)
             button = gr.Button("Ask", variant="primary", interactive=enabled)
         with gr.Column(min_width=300):
             answer = gr.Textbox(label="Answer", interactive=False, lines=4, buttons=["copy"])
@@ -309,4 +317,4 @@ def _ask_tab(parts: Parts, paths: list[str]) -> None:
     def work(path: str, asked: str) -> Iterator[str]:
         return functions.ask(vlm, functions.read_upload(path), asked)
 
-    gr.on([button.click, text.submit], told_each(work), [picture, text], answer, api_name="ask", **ONE_AT_A_TIME)
+    gr.on([button.click, text.submit], told(work), [picture, text], answer, api_name="ask", **ONE_AT_A_TIME)

@@ -39,9 +39,7 @@ def app(options: Annotated[AppOptions, tyro.conf.arg(name="")]) -> int:
         parts = load_parts(common.load_model(options), options.generator, options.vlm)
         for tab, reason in parts.reasons.items():
             common.fail(f"the tab {tab}: {reason}")
-        examples = Path(folder) / "examples"
-        examples.mkdir()
-        blocks = page.build(parts, options.model, examples)
+        blocks = page.build(parts, options.model, Path(folder) / "examples")
         try:
             print(f"OpenVision 3 at {page.launch(blocks, options.host, options.port, options.share)}", flush=True)
             threading.Event().wait()
