@@ -104,8 +104,8 @@ class Visitors:
                 name = list(WORK)[count % len(WORK)] if not bad else draw.choice(("reconstruct", "caption", "zeroshot"))
                 kind, file = name, None
                 if bad:
-                    kind, *rest = hostile(draw)
-                    file = (rest[0], rest[1])
+                    kind, title, content = hostile(draw)
+                    file = (title, content)
                 elif name != "generate":
                     file = ("a.jpg", picture(draw))
                 begun = time.monotonic()
