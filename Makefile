@@ -61,14 +61,19 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-core
 	$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt -e '.[eval,vlm,remote,dev]'
 	@touch $@
 
+# An environment that lies over $(VENV).
+define venv_over
+	$(BIN)/python -m venv --clear $(1)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beneath.pth"
+endef
+
 # lmms-eval's own environment lies over $(VENV): it adds 1 GB and another protobuf, and takes PyTorch from there.
 $(LMMS): $(LMMS)/.stamp
 
 $(LMMS)/.stamp: $(VENV)/.stamp-dev constraints-lmms.txt
 	@echo "Installing lmms-eval and what it needs into $(LMMS)"
-	$(BIN)/python -m venv --clear $(LMMS)
-	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-	  > "$$($(LMMS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beneath.pth"
+	$(call venv_over,$(LMMS))
 	$(LMMS)/bin/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints-lmms.txt -e '.[vlm,bench]'
 	@touch $@
 
@@ -77,9 +82,7 @@ $(APP): $(APP)/.stamp
 
 $(APP)/.stamp: $(VENV)/.stamp-dev constraints-app.txt
 	@echo "Installing Gradio, playwright and what they need into $(APP)"
-	$(BIN)/python -m venv --clear $(APP)
-	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-	  > "$$($(APP)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beneath.pth"
+	$(call venv_over,$(APP))
 	$(APP)/bin/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints-app.txt -e '.[app]' playwright
 	@touch $@
 

@@ -1,6 +1,7 @@
 """The embedded demo VLM: small, described, and seeing."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,23 @@ def test_is_small_and_described():
     figures, card = json.loads((DEMO_FOLDER / "figures.json").read_text()), (DEMO_FOLDER / "README.md").read_text()
     for kind in ("relation", "count", "scene"):
         assert f"| {kind} | {figures['seen'][kind]['accuracy']:.1%}" in card
+
+
+def test_the_docs_have_its_figures():
+    """docs/VLM.md says of each kind of question what figures.json does, seen and blind; the README of presence."""
+    figures = json.loads((DEMO_FOLDER / "figures.json").read_text())
+    seen, blind = figures["seen"], figures["blind"]
+    root = Path(__file__).parents[1]
+    rows = [line for line in (root / "docs" / "VLM.md").read_text().splitlines() if line.startswith("| ")]
+    kinds = {f"presence, {kind}": (seen["presence"][kind], blind["presence"][kind]) for kind in seen["presence"]}
+    kinds |= {kind: (seen[kind], blind[kind]) for kind in ("relation", "count", "scene")}
+    for name, (with_picture, without) in kinds.items():
+        (row,) = (row for row in rows if row.startswith(f"| {name}") and row.count("(") == 1 and "%" in row)
+        low, high = with_picture["interval"]
+        said = f"{100 * with_picture['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+        assert said in row.replace("*", "") and f"| {100 * without['accuracy']:.1f} % |" in row, name
+    presence = round(100 * seen["presence"]["random"]["accuracy"])
+    assert f"presence {presence} %" in (root / "README.md").read_text()
 
 
 @pytest.mark.slow  # fetches the language model (145 MB) where it is not there
