@@ -13,9 +13,8 @@ from PIL import Image
 
 from openvision3.config import OpenVisionError, SceneConfig
 from openvision3.data import demo, grammar
-from openvision3.data.grammar import RELATION_PHRASES
 from openvision3.vlm.conversation import IMAGE, UnusableConversation
-from openvision3.vlm.data import MOST_RELATIONS, JsonConversations, SceneConversations, order, scene_questions
+from openvision3.vlm.data import JsonConversations, SceneConversations, order, scene_questions
 
 
 @pytest.fixture
@@ -98,39 +97,27 @@ def test_broken(data, tmp_path):
 
 
 def test_scenes():
-    """What is said of a scene is true of it, and nothing can be guessed: presence, relations, counts."""
-    relations, counts, repeating = (
-        Counter(),
-        Counter(),
-        SceneConfig(count_weights=(0, 0.3, 0.3, 0.4), repeat_probability=0.6),
-    )
-    for number in range(120):
-        scene = demo.scene(repeating, "train", 0, number)
+    """What is said of a scene is true of it, and presence is asked for in vain as often as not."""
+    kinds = Counter()
+    for number in range(60):
+        scene = demo.scene(SceneConfig(), "train", 0, number)
         asked = scene_questions(scene, random.Random(number), demo.names(100))
         groups = Counter(thing.name for thing in scene.things)
         answers = {question: answer for question, answer in asked}
         assert len(answers) == len(asked)
-        presence = {question: answer for question, answer in asked if question.startswith("Is there")}
-        there = {grammar.presence_question(name) for name in groups}
-        assert sorted(presence.values()) == sorted(["no", "yes"] * min(len(groups), 2))
-        assert all((question in there) == (answer == "yes") for question, answer in presence.items())
-        assert presence.keys() - there <= {grammar.presence_question(name) for name in demo.names(100)}
+        presence = [answer for question, answer in asked if question.startswith("Is there")]
+        assert presence.count("yes") == presence.count("no") == len(groups)
+        vain = [question for question, answer in asked if question.startswith("Is there") and answer == "no"]
+        assert set(vain) <= {grammar.presence_question(name) for name in demo.names(100)}
         for name, count in groups.items():
-            answer = answers.get(grammar.count_question(name))
-            assert answer == grammar.NUMBERS[count - 1] or (answer is None and count == 1)
-            counts[answer] += 1
-        for a, relation, b in (statable := grammar.statable_relations(scene)):
+            assert answers[grammar.presence_question(name)] == "yes"
+            assert answers[grammar.count_question(name)] == grammar.NUMBERS[count - 1]
+        for a, relation, b in grammar.statable_relations(scene):
             for word, truth in ((relation, "yes"), (grammar.OPPOSITE[relation], "no")):
-                found = answers.get(grammar.relation_question(a, word, b))
+                kinds[truth] += (found := answers.get(grammar.relation_question(a, word, b))) is not None
                 assert found in (None, truth)
-                relations[found] += 1
-        said = [
-            question for question in answers if any(f" {way} the " in question for way in RELATION_PHRASES.values())
-        ]
-        assert len(said) == min(len(statable), MOST_RELATIONS)
         assert answers[grammar.CAPTION_QUESTION] == grammar.captions(scene).caption
-    assert 0.4 < relations["yes"] / (relations["yes"] + relations["no"]) < 0.6
-    assert 0 < counts["one"] < 1.5 * counts["two"] < counts[None]
+    assert kinds["yes"] > 10 and kinds["no"] > 10
 
 
 def test_scene_conversations():
@@ -155,7 +142,7 @@ def test_order():
     assert sorted(numbers[:64]) == sorted(numbers[64:]) == list(range(64)) and numbers[:64] != numbers[64:]
     assert numbers == order(found, 128, 8, 4, seed=1) != order(found, 128, 8, 4, seed=2)
     spread = [np.std([found.words(n) for n in numbers[start : start + 8]]) for start in range(0, 64, 8)]
-    assert np.mean(spread) < 0.7 * np.std([found.words(n) for n in range(64)])
+    assert np.mean(spread) < 0.5 * np.std([found.words(n) for n in range(64)])
 
 
 def test_bytes_are_bounded(data, monkeypatch):

@@ -15,7 +15,7 @@ from openvision3.config import OpenVisionError
 from openvision3.vlm.assemble import assemble, open_tower
 from openvision3.vlm.config import WordsConfig
 from openvision3.vlm.data import Conversation
-from openvision3.vlm.words import SIDES, WORDS, align, grid, learn_words, vocabulary, whitening, words_of
+from openvision3.vlm.words import WORDS, align, learn_words, vocabulary, whitening, words_of
 
 CPU = torch.device("cpu")
 NAMES = ["key", "dragon", "panda", "apple", "lion"]
@@ -78,29 +78,6 @@ def test_tokens_find_their_words(vlm):
     assert (nearest == which[:100]).float().mean() > 0.95
     size = (table[ids] - middle).norm(dim=-1).mean()
     assert (made - middle).norm(dim=-1).mean() == pytest.approx(size.item(), rel=0.1)
-
-
-def test_tokens_say_where_they_are(vlm):
-    """Column and row by the words for that, beside what the tokens show."""
-    tokens, words, which = pictures(vlm, 400)
-    corners = grid(4)
-    assert corners.tolist() == [[-1, -1], [1, -1], [-1, 1], [1, 1]]  # column, row; row by row
-    tokens[:, :, :2] += corners.half()
-    config = WordsConfig(samples=400, epochs=20, batch_size=32, commonest=0.5, peak_lr=1e-2, place=0.5)
-    figures = align(vlm, tokens, words, config, 0, CPU, lambda step, row: None)
-    assert figures["recall"] > 0.95 and figures["r2_columns"] > 0.8 and figures["r2_rows"] > 0.8
-    with torch.no_grad():
-        made = vlm.model.model.multi_modal_projector(tokens[:100].float())
-    table = vlm.model.get_input_embeddings().weight.detach()
-    of = lambda word: table[vlm.processor.tokenizer.convert_tokens_to_ids(word)]  # noqa: E731
-    for axis, (low, high) in enumerate(SIDES):
-        along = (made - table.mean(dim=0)) @ (of(high) - of(low))
-        assert (along[:, corners[:, axis] == 1].mean(dim=1) > along[:, corners[:, axis] == -1].mean(dim=1)).all()
-
-
-def test_places_need_a_square():
-    with pytest.raises(OpenVisionError, match="as many rows as columns: there are 6 a picture"):
-        grid(6)
 
 
 def test_same_again(vlm):

@@ -46,8 +46,6 @@ class WordsConfig:
     commonest: float = 0.05  # part of the captions that a word may be in: "a" and "the" show nothing
     fewest: int = 5  # captions that a word must be in
     most_words: int = 8192  # the commonest of those
-    # how much of a token at the picture's edge says so: its cosine with "right" against "left", "below" against "above"
-    place: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -113,8 +111,6 @@ def validate(config: VLMTrainConfig) -> None:
             raise OpenVisionError(f"words.{field} is {value}: expected at least {lowest}")
     if not 0 < config.words.commonest <= 1:
         raise OpenVisionError(f"words.commonest is {config.words.commonest:g}: expected a part of the captions, 0 to 1")
-    if not 0 <= config.words.place < 0.7:
-        raise OpenVisionError(f"words.place is {config.words.place:g}: expected 0 to 0.7, or none is left for words")
     if config.words.peak_lr <= 0:
         raise OpenVisionError(f"words.peak_lr is {config.words.peak_lr:g}: expected more than 0")
     if config.stage1.lora.rank and config.stage1.lora != config.stage2.lora:

@@ -27,7 +27,6 @@ from openvision3.vlm.config import VLMDataConfig
 from openvision3.vlm.conversation import IGNORED, IMAGE, Message, UnusableConversation, encode, encode_apart
 
 MAX_JSON_BYTES = 4 * 2**30
-ASKED_ONES, MOST_RELATIONS = 0.2, 6  # of the questions about a scene
 _NOBODY = -1  # turn of padding
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 
@@ -96,26 +95,26 @@ class SceneConversations(Conversations):
 
 
 def scene_questions(scene: demo.Scene, rng: random.Random, names: Sequence[str]) -> list[tuple[str, str]]:
-    """Questions with their answers in a random order.
+    """Questions with their answers in a random order: presence (as many yes as no), counts, relations, place, caption.
 
-    Presence of up to two things that are there, and for each of one of `names` that is not, half of the time of its
-    group; counts of what is there more than once, and `ASKED_ONES` of the rest, or "one" would be the answer to nearly
-    all; up to `MOST_RELATIONS` relations, each as it is or reversed; where it is, if that can be seen; the caption.
+    Of `names` are those asked for in vain, half of them of the group of one that is there.
     """
-    groups, group_of = Counter(thing.name for thing in scene.things), demo.groups()
-    absent, asked = [name for name in names if name not in groups], []
-    for there in rng.sample(sorted(groups), min(len(groups), 2)):
-        kin = [name for name in absent if group_of[name] == group_of[there]]
-        missing = rng.choice(kin if kin and rng.random() < 0.5 else absent)
-        absent.remove(missing)
-        asked += [(grammar.presence_question(there), "yes"), (grammar.presence_question(missing), "no")]
-    for name, count in groups.items():
-        if count > 1 or rng.random() < ASKED_ONES:
-            asked.append((grammar.count_question(name), grammar.NUMBERS[count - 1]))
-    for a, relation, b in rng.sample(statable := grammar.statable_relations(scene), min(len(statable), MOST_RELATIONS)):
-        holds = rng.random() < 0.5
-        question = grammar.relation_question(a, relation if holds else grammar.OPPOSITE[relation], b)
-        asked.append((question, "yes" if holds else "no"))
+    groups = Counter(thing.name for thing in scene.things)
+    group = demo.groups()[next(iter(groups))]
+    asked = [(grammar.presence_question(name), "yes") for name in groups]
+    kin = [name for name in names if demo.groups()[name] == group and name not in groups]
+    while sum(answer == "no" for _, answer in asked) < len(groups):
+        name = rng.choice(kin if kin and rng.random() < 0.5 else names)
+        question = (grammar.presence_question(name), "no")
+        if name not in groups and question not in asked:
+            asked.append(question)
+    asked += [(grammar.count_question(name), grammar.NUMBERS[count - 1]) for name, count in groups.items()]
+    statable = grammar.statable_relations(scene)
+    rng.shuffle(statable)
+    for a, relation, b in statable[:4]:
+        right = rng.random() < 0.5
+        question = grammar.relation_question(a, relation if right else grammar.OPPOSITE[relation], b)
+        asked.append((question, "yes" if right else "no"))
     if word := grammar.scene_word(scene):
         asked.append((grammar.SCENE_QUESTION, grammar.SCENE_PHRASES[word]))
     asked.append((grammar.CAPTION_QUESTION, grammar.captions(scene).caption))

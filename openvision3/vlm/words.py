@@ -11,14 +11,9 @@ words come and go with it. Afterwards each token of a picture lies among the emb
 there, where a language model reads it almost as it reads text. LLaVA learns this through the language model itself,
 from hundreds of thousands of captions; the language model takes no part here, so that thousands of pictures take
 minutes. The recipes of LLaVA do not have it.
-
-Where a token is in the picture can be learned with it, by the words for that (`WordsConfig.place`): with x from -1 at
-the left edge to 1 at the right one, and y likewise downwards, cos(p_i, e_right - e_left) is to be place * x, and
-cos(p_i, e_below - e_above) place * y. A language model has the tokens in one long row, and is told no other place.
 """
 
 import copy
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -41,10 +36,8 @@ _ENCODED = 32  # pictures that the encoder takes at once
 _HELD_OUT = 512  # pictures that nothing is learned from, at most an eighth
 _FIRST_SCALE = 10.0  # s above
 _LOGGED = 50  # steps
-_PLACED = 30.0  # weight of the places' squared error beside the words' nats
 _FLOOR = 1e-6  # of the largest variance of a direction of the tokens
 
-SIDES = (("left", "right"), ("above", "below"))
 WORDS = "projector.safetensors"  # of the folder of this stage
 
 Progress = Callable[[int, dict[str, float]], None]
@@ -169,26 +162,23 @@ def align(
 
     The projector learns on whitened tokens; that and its outputs' size, that of the text's embeddings, are put into its
     two layers at the end. Returns, of pictures held out, the loss (nats a word), `recall`, the part of their words
-    among as many first guesses (by the token that is surest of each), the number of words, and with `config.place`
-    how much of the variance of columns and rows the tokens say (`r2_columns`, `r2_rows`). `progress` gets the step and
-    the figures of training. Raises `OpenVisionError` where no word is neither rare nor common, and for places of
-    tokens that are no square of rows and columns.
+    among as many first guesses (by the token that is surest of each), and the number of words. `progress` gets the
+    step and the figures of training. Raises `OpenVisionError` where no word is neither rare nor common.
     """
     known = vocabulary(words, config)
     if not known:
         raise OpenVisionError(
             f"no word is in at least {config.fewest} captions and at most {config.commonest:g} of all"
         )
-    directions, middle = word_directions(vlm, known, device)
+    table = vlm.model.get_input_embeddings().weight.detach().to(device).float()
+    middle, tokenizer = table.mean(dim=0), vlm.processor.tokenizer
+    ids = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in known]
+    directions = torch.stack([table[torch.tensor(row, device=device)].mean(dim=0) for row in ids]) - middle
     of_words = F.normalize(directions, dim=-1)
-    if config.place:
-        of_places, aims = place_directions(vlm, device), config.place * grid(tokens.shape[1]).to(device)
-    else:
-        of_places, aims = torch.zeros(len(middle), 2, device=device), torch.zeros(tokens.shape[1], 2, device=device)
-    number = {word: k for k, word in enumerate(known)}
+    place = {word: k for k, word in enumerate(known)}
     said = torch.zeros(len(words), len(known), dtype=torch.bool)
     for row, caption in enumerate(words):
-        said[row, [number[word] for word in caption if word in number]] = True
+        said[row, [place[word] for word in caption if word in place]] = True
 
     mean, whiten = (tensor.to(device) for tensor in whitening(tokens))
     projector = vlm.model.model.multi_modal_projector
@@ -199,12 +189,11 @@ def align(
     for layer in (learner.linear_1, learner.linear_2):
         layer.reset_parameters()
 
-    def read(rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-likelihoods of words (b, N, words), and what the tokens say of their place (b, N, 2)."""
-        said_of = F.normalize(learner((tokens[rows].to(device).float() - mean) @ whiten), dim=-1)
-        return (said_of @ of_words.T * scale).log_softmax(dim=-1), said_of @ of_places
+    def likelihoods(rows: Tensor) -> Tensor:
+        white = (tokens[rows].to(device).float() - mean) @ whiten
+        return (F.normalize(learner(white), dim=-1) @ of_words.T * scale).log_softmax(dim=-1)
 
-    def word_loss(likely: Tensor, rows: Tensor) -> Tensor:
+    def loss(likely: Tensor, rows: Tensor) -> Tensor:
         there = said[rows].to(device)
         return -(torch.logsumexp(likely, dim=1) - torch.tensor(likely.shape[1]).log())[there].mean()
 
@@ -219,49 +208,21 @@ def align(
         while len(waiting) < config.batch_size:
             waiting = torch.cat([waiting, learned[torch.randperm(len(learned), generator=generator)]])
         rows, waiting = waiting[: config.batch_size], waiting[config.batch_size :]
-        likely, found = read(rows)
-        value = word_loss(likely, rows)
+        value = loss(likelihoods(rows), rows)
         optimizer.zero_grad()
-        (value + _PLACED * (found - aims).square().mean()).backward()  # without places 0
+        value.backward()
         optimizer.step()
         schedule.step()
         progress(step, {"loss": value.item(), "scale": scale.item()})
     with torch.no_grad():
         rows = said[:held].any(dim=1).nonzero()[:, 0]
-        parts, found = zip(*map(read, rows.split(config.batch_size)), strict=True) if len(rows) else ((), ())
+        parts = [likelihoods(part) for part in rows.split(config.batch_size)]
         figures = {"words": float(len(known)), **_held_out(parts, said[rows].to(device))}
-        if config.place and found:
-            left = (torch.cat(found) - aims).square().mean(dim=(0, 1)) / aims.square().mean(dim=0)
-            figures.update(zip(("r2_columns", "r2_rows"), (1 - left).tolist(), strict=True))
         _install(projector, learner, tokens[:_HELD_OUT].to(device).float(), mean, whiten, middle, directions)
     return figures
 
 
-def word_directions(vlm: VLM, words: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of words the mean embedding of their pieces, each from the mean of all embeddings (words, D), and that mean."""
-    table, tokenizer = vlm.model.get_input_embeddings().weight.detach().to(device).float(), vlm.processor.tokenizer
-    middle = table.mean(dim=0)
-    ids = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
-    return torch.stack([table[torch.tensor(row, device=device)].mean(dim=0) for row in ids]) - middle, middle
-
-
-def place_directions(vlm: VLM, device: torch.device) -> Tensor:
-    """Directions of length 1 (D, 2) from "left" to "right" and, orthogonal to it, from "above" to "below"."""
-    (left, right), (above, below) = (word_directions(vlm, pair, device)[0] for pair in SIDES)
-    across, down = F.normalize(right - left, dim=0), below - above
-    return torch.stack([across, F.normalize(down - (down @ across) * across, dim=0)], dim=1)
-
-
-def grid(tokens: int) -> Tensor:
-    """Column and row (tokens, 2) of each token of a square picture, row by row, from -1 to 1."""
-    side = math.isqrt(tokens)
-    if side < 2 or side * side != tokens:
-        raise OpenVisionError(f"words.place needs tokens in as many rows as columns: there are {tokens} a picture")
-    line = torch.linspace(-1, 1, side)
-    return torch.stack([line.repeat(side), line.repeat_interleave(side)], dim=1)
-
-
-def _held_out(parts: Sequence[Tensor], said: Tensor) -> dict[str, float]:
+def _held_out(parts: list[Tensor], said: Tensor) -> dict[str, float]:
     """Loss and recall of pictures that nothing was learned from."""
     if not parts:
         return {}
