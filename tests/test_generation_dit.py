@@ -14,7 +14,7 @@ from openvision3.config import OpenVisionError, from_dict, load_json, save_json,
 from openvision3.generation import layers
 from openvision3.generation.condition import concatenate
 from openvision3.generation.config import GeneratorConfig, StackConfig, named
-from openvision3.generation.dit import Condition, DiT, drop, flops, null_condition
+from openvision3.generation.dit import Condition, DiT, flops
 from openvision3.generation.flow import velocity_loss
 
 TINY = GeneratorConfig(
@@ -184,18 +184,18 @@ def test_other_grids_are_computed_not_stored():
 
 def test_null_class_is_the_last_or_marked():
     model, (x, t) = build(TINY), inputs(TINY)
-    null = model(x, t, null_condition(TINY, 3))
+    null = model(x, t, Condition(labels=torch.full((3,), 5)))
     marked = Condition(labels=torch.tensor([0, 1, 2]), null=torch.ones(3, dtype=torch.bool))
     assert torch.equal(model(x, t, marked), null)
-    assert torch.equal(model(x, t, Condition(labels=torch.full((3,), 5))), null)
     assert torch.equal(model(x, t, Condition(labels=torch.tensor([0, 1, 2])).as_null()), null)
     assert (model(x, t, Condition(labels=torch.tensor([0, 1, 2]))) - null).abs().amax((1, 2)).min() > 1e-4
 
 
 def test_null_text_forgets_the_text():
     model, (x, t) = build(TEXT), inputs(TEXT)
-    null = model(x, t, null_condition(TEXT, 3))
-    torch.testing.assert_close(model(x, t, texts().as_null()), null)
+    null = model(x, t, texts().as_null())
+    other = Condition(pooled=torch.randn(3, 10), tokens=torch.randn(3, 4, 6), mask=torch.zeros(3, 4, dtype=torch.bool))
+    torch.testing.assert_close(model(x, t, other.as_null()), null)
     some = replace(texts(), null=torch.tensor([False, True, False]))
     mixed, given = model(x, t, some), model(x, t, texts())
     torch.testing.assert_close(mixed[1], null[1])
@@ -239,7 +239,7 @@ def test_pooled_text_alone():
     config = replace(TINY, condition="text", text_embed_dim=10)
     model, (x, t) = build(config), inputs(config)
     given = Condition(pooled=torch.randn(3, 10))
-    assert (model(x, t, given) - model(x, t, null_condition(config, 3))).abs().amax((1, 2)).min() > 1e-4
+    assert (model(x, t, given) - model(x, t, given.as_null())).abs().amax((1, 2)).min() > 1e-4
 
 
 @pytest.mark.parametrize(
@@ -258,15 +258,11 @@ def test_conditions_that_do_not_fit(config, condition, message):
         build(config)(*inputs(config), condition)
 
 
-def test_dropped_conditions_follow_the_generator():
-    condition = Condition(labels=torch.arange(2000), null=torch.arange(2000) < 100)
-    once, again = (drop(condition, 0.1, torch.Generator().manual_seed(3)) for _ in range(2))
-    assert once.null is not None and again.null is not None
-    assert torch.equal(once.null, again.null) and once.null[:100].all()
-    assert 130 < once.null[100:].sum() < 250
-    assert once.labels is condition.labels
-    assert not drop(Condition(labels=torch.arange(99)), 0.0, torch.Generator()).is_null.any()
-    assert drop(texts(), 1.0, torch.Generator()).is_null.all()
+def test_nulled_keeps_what_was_null():
+    condition = Condition(labels=torch.arange(4), null=torch.tensor([True, False, False, True]))
+    dropped = condition.nulled(torch.tensor([False, False, True, True]))
+    assert dropped.is_null.tolist() == [True, False, True, True]
+    assert dropped.labels is condition.labels
 
 
 @pytest.mark.parametrize("config", [TINY, TEXT])
@@ -319,7 +315,8 @@ def test_flops_are_those_that_pytorch_counts(config, grid):
     with torch.device("meta"), torch.no_grad():
         model = DiT(config)
         x, t = torch.empty(2, rows * columns, config.token_width), torch.empty(2)
-        condition = null_condition(config, 2, "meta")
+        condition = (texts() if config is TEXT else Condition(labels=torch.zeros(3, dtype=torch.int64))).rows(slice(2))
+        condition = condition.to("meta")
         with FlopCounterMode(display=False) as counter:
             model(x, t, condition, grid=grid)
     assert flops(config, 2, grid) == counter.get_total_flops()

@@ -14,13 +14,13 @@ from openvision3.generation.config import GeneratorConfig, StackConfig
 from openvision3.generation.dit import Condition, DiT
 from openvision3.generation.flow import (
     Guidance,
-    draw_times,
     guided,
     integrate,
     path,
     shift,
     time_grid,
     token_shift,
+    training_times,
     velocity_loss,
 )
 
@@ -48,11 +48,10 @@ def test_time_grid_ends_exactly(s):
 
 
 def test_drawn_times_are_shifted_logit_normal():
-    times = draw_times(20_000, 8.0, torch.Generator().manual_seed(0))
+    times = training_times(torch.randn(20_000, generator=torch.Generator().manual_seed(0)), 8.0)
     assert times.dtype == torch.float32 and times.shape == (20_000,) and times.min() > 0 and times.max() < 1
     logits = torch.logit(times.double()) - math.log(8)  # a shift adds log s to the logit
     assert abs(logits.mean()) < 0.03 and abs(logits.std() - 1) < 0.03
-    assert torch.equal(times, draw_times(20_000, 8.0, torch.Generator().manual_seed(0)))
 
 
 def test_path_and_loss():
@@ -245,7 +244,8 @@ def overfit(head_width: int, steps: int = 150) -> float:
     optimizer, losses = torch.optim.Adam(model.parameters(), lr=3e-3), []
     for _ in range(steps):
         noise = torch.randn(tokens.shape, generator=generator)
-        loss = velocity_loss(model, tokens, noise, draw_times(batch, 1.0, generator), condition).mean()
+        times = training_times(torch.randn(batch, generator=generator), 1.0)
+        loss = velocity_loss(model, tokens, noise, times, condition).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

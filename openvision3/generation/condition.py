@@ -67,26 +67,6 @@ class Condition:
         return {name: value for name, value in values.items() if value is not None}
 
 
-def null_condition(config: GeneratorConfig, batch: int, device: torch.device | str | None = None) -> Condition:
-    """The null condition of `batch` samples for a generator of this config."""
-    null = torch.ones(batch, dtype=torch.bool, device=device)
-    if config.condition == "class":
-        return Condition(labels=torch.full((batch,), config.num_classes, device=device), null=null)
-    pooled = torch.zeros(batch, config.text_embed_dim, device=device)
-    if not config.text_width:
-        return Condition(pooled=pooled, null=null)
-    tokens = torch.zeros(batch, config.text_length, config.text_width, device=device)
-    mask = torch.zeros(batch, config.text_length, dtype=torch.bool, device=device)
-    return Condition(pooled=pooled, tokens=tokens, mask=mask, null=null)
-
-
-def drop(condition: Condition, probability: float, generator: torch.Generator) -> Condition:
-    """The condition with each sample made null by that probability, drawn on the generator's device."""
-    draws = torch.rand(condition.size, generator=generator, device=generator.device) < probability
-    null = condition.is_null
-    return Condition(**condition._tensors() | {"null": null | draws.to(null.device)})
-
-
 def concatenate(conditions: Sequence[Condition]) -> Condition:
     """The conditions of several batches as one; all must hold the same tensors, of the same text length."""
     whole = [condition._tensors() | {"null": condition.is_null} for condition in conditions]

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from openvision3.config import OpenVisionError
-from openvision3.generation.condition import Condition, check_condition, drop, null_condition
+from openvision3.generation.condition import Condition, check_condition
 from openvision3.generation.config import GeneratorConfig
 from openvision3.generation.layers import (
     TIME_FREQUENCIES,
@@ -19,7 +19,7 @@ from openvision3.generation.layers import (
     rope_table,
 )
 
-__all__ = ["Condition", "DiT", "drop", "flops", "null_condition"]
+__all__ = ["Condition", "DiT", "flops"]
 
 
 class TextCondition(nn.Module):

@@ -41,9 +41,9 @@ def token_shift(tokens: int, width: int) -> float:
     return math.sqrt(tokens * width / SHIFT_BASE)
 
 
-def draw_times(n: int, s: float, generator: torch.Generator) -> Tensor:
-    """Training times (n,) in (0, 1), fp32: logit-normal(0, 1), then shifted; on the generator's device."""
-    return shift(torch.randn(n, generator=generator, device=generator.device).sigmoid(), s)
+def training_times(normal: Tensor, s: float) -> Tensor:
+    """Times in (0, 1) of normal draws: logit-normal(0, 1), then shifted."""
+    return shift(normal.sigmoid(), s)
 
 
 def path(tokens: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from openvision3.distributed import ALONE, World
 from openvision3.generation.condition import Condition
 from openvision3.generation.conditions import class_numbers, text_condition
 from openvision3.generation.dit import DiT
-from openvision3.generation.flow import shift, token_shift, velocity_loss
+from openvision3.generation.flow import token_shift, training_times, velocity_loss
 from openvision3.generation.space import PictureSpace
 from openvision3.generation.statistics import Normalizer
 from openvision3.generation.train_config import GeneratorTrainConfig
@@ -102,7 +102,7 @@ class FlowObjective:
             x = self.normalizer.normalize(self.space.encode(pixels, latents).float())
             condition = self._condition(batch, part)
         noise, normal, uniform = flow_draws(config.seed, positions, draws, x.shape[1:], self.device)
-        times = shift(torch.sigmoid(normal), self.shift)
+        times = training_times(normal, self.shift)
         if draws > 1:
             x = x.repeat_interleave(draws, dim=0)
             condition = condition.repeated(draws)

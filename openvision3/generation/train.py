@@ -6,7 +6,7 @@ The run's folder, its records, checkpoints, signals and processes are those of t
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from openvision3.config import OpenVisionError
-from openvision3.data.batches import Bad, Batch
+from openvision3.data.batches import Batch
 from openvision3.distributed import World
 from openvision3.generation import gather
 from openvision3.generation.conditions import conditions
@@ -53,7 +53,7 @@ from openvision3.training.optimizer import build_optimizer, clip_gradients, set_
 from openvision3.training.parallel import Engine, Sharded, build_engine, compile_blocks, open_world, whole_tensor
 from openvision3.training.precision import Precision, autocast, choose_precision
 from openvision3.training.run_folder import RunInterrupted, StopRequest, record_environment, recorded_environment
-from openvision3.training.watch import FiniteWatch
+from openvision3.training.watch import BadSamples, FiniteWatch
 
 SHEET = 8  # pictures
 STATISTICS = "statistics.safetensors"
@@ -79,8 +79,7 @@ class Run:
     watch: FiniteWatch
     given: dict[str, str]  # what a resumed run must find as it was
     step: int
-    bad_samples: int
-    waiting: list[Bad] = field(default_factory=list)
+    bad: BadSamples
 
     @property
     def modules(self) -> dict[str, Any]:
@@ -188,7 +187,7 @@ def begin(config: GeneratorTrainConfig, folder: Path, world: World, space: Pictu
     watch = FiniteWatch(folder, config.max_skipped, world, state.get("skipped_steps", 0))
     run = Run(
         config, folder, world, space, dit, normalizer, engine, average, optimizer, precision, monitor, saver, watch,
-        given, step, state.get("bad_samples", 0),
+        given, step, BadSamples(world, monitor, state.get("bad_samples", 0)),
     )  # fmt: skip
     if resume:
         load_checkpoint(resume, run.modules, optimizer, world=saver.world)
@@ -274,10 +273,10 @@ def train_steps(run: Run, stop: StopRequest) -> None:
         rate = config.learning_rate(seen - size / 2)
         set_learning_rate(run.optimizer, rate)
         losses = train_step(run, objective, batch)
-        run.waiting += batch.bad
+        run.bad.waiting += batch.bad
         monitor.advance(seen)
         if run.step % config.log_every == 0 or run.step == 1 or last:
-            report_bad(run, seen)
+            run.bad.report(run.step, seen)
             row = {name: float(value) for name, value in losses.items()}
             monitor.log(run.step, seen, {**row, "learning_rate": rate, "skipped_steps": float(run.watch.skipped)})
         if last or (config.sheet_every and seen // config.sheet_every > (seen - size) // config.sheet_every):
@@ -309,16 +308,6 @@ def train_step(run: Run, objective: FlowObjective, batch: Batch) -> dict[str, Te
             run.average.update(run.step)
     run.optimizer.zero_grad()
     return losses
-
-
-def report_bad(run: Run, samples_seen: int) -> None:
-    """Counts and records the unusable samples that the processes met since the last time."""
-    for bad in run.world.gather_objects(run.waiting):
-        for position, key, reason in bad:
-            run.bad_samples += 1
-            record = {"position": position, "key": key, "reason": reason}
-            run.monitor.record("bad_sample", run.step, samples_seen, record)
-    run.waiting = []
 
 
 def write_sheet(run: Run) -> None:
@@ -366,10 +355,10 @@ def _gathered(run: Run) -> DiT | None:
 
 def save(run: Run, samples_seen: int) -> None:
     """Saves a checkpoint, after the records that it counts on."""
-    report_bad(run, samples_seen)
+    run.bad.report(run.step, samples_seen)
     with run.monitor.paused():
         run.monitor.flush()
-        state = {"samples_seen": samples_seen, "bad_samples": run.bad_samples, "skipped_steps": run.watch.skipped}
+        state = {"samples_seen": samples_seen, "bad_samples": run.bad.count, "skipped_steps": run.watch.skipped}
         tensors = checkpoint_tensors(run.modules, run.optimizer)
         run.saver.save(run.step, tensors, {**state, **run.given})
 

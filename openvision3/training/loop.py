@@ -7,7 +7,7 @@ steps; the first one alone keeps the run's folder, evaluates and prints.
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from openvision3.config import OpenVisionError, TrainConfig
-from openvision3.data.batches import Bad, Batch
+from openvision3.data.batches import Batch
 from openvision3.distributed import World
 from openvision3.model.external import ExternalEncoder
 from openvision3.model.openvision3 import OpenVision3
@@ -57,7 +57,7 @@ from openvision3.training.setup import (
 )
 from openvision3.training.stages import Stage, plan, validate
 from openvision3.training.synergy import measure_synergy
-from openvision3.training.watch import FiniteWatch
+from openvision3.training.watch import BadSamples, FiniteWatch
 
 Evaluate = Callable[[OpenVision3, int], Mapping[str, float]]
 SHOWN = ("total", "latent_l1", "pixel_l1", "lpips", "caption", "contrastive")  # on the console
@@ -82,11 +82,10 @@ class Run:
     evaluate: Evaluate | None
     resume: Path | None  # checkpoint that this process goes on from
     step: int  # optimizer steps done, or skipped
-    bad_samples: int  # unusable ones met so far, by all processes, as far as they were reported
+    bad: BadSamples
     unsaved: tuple[str, ...]  # names of the tensors that checkpoints leave out
     given: dict[str, str]  # hashes of what checkpoints leave out, and a resumed run must find as it was
     saved_samples: int  # seen at the last checkpoint
-    waiting: list[Bad] = field(default_factory=list)  # this process's unusable samples that were not yet reported
 
     @property
     def modules(self) -> dict[str, Any]:
@@ -221,7 +220,7 @@ def begin(
         evaluate,
         resume,
         step,
-        state.get("bad_samples", 0),
+        BadSamples(world, monitor, state.get("bad_samples", 0)),
         left_out,
         given,
         samples_seen(stages, step),
@@ -253,13 +252,13 @@ def train_stage(run: Run, stage: Stage) -> None:
         set_learning_rate(optimizer, learning_rate)
         seen, last = stage.samples_seen(run.step), run.step == stage.last_step
         losses = train_step(run, objective.backward, batch, optimizer)
-        run.waiting += batch.bad
+        run.bad.waiting += batch.bad
         monitor.advance(seen)
         log = run.step % config.log_every == 0 or run.step == 1 or last
         evaluate = stage.due(run.step, config.eval_every)
         save = save or stage.due(run.step, config.checkpoint_every)
         if log:
-            report_bad(run, seen)
+            run.bad.report(run.step, seen)
             monitor.log(run.step, seen, log_row(run, learning_rate, losses))
         if evaluate:
             evaluate_now(run, stage, seen)
@@ -306,18 +305,8 @@ def log_row(run: Run, learning_rate: float, losses: dict[str, Tensor]) -> dict[s
     row = {name: float(value) for name, value in losses.items()}
     clip = run.config.optimizer.clip_norm
     clipped = float(0 < clip < row["grad_norm"])
-    counts = {"bad_samples": float(run.bad_samples), "skipped_steps": float(run.watch.skipped)}
+    counts = {"bad_samples": float(run.bad.count), "skipped_steps": float(run.watch.skipped)}
     return {**row, "clipped": clipped, "learning_rate": learning_rate, **counts}
-
-
-def report_bad(run: Run, samples_seen: int) -> None:
-    """Counts and records the unusable samples that the processes met since the last time."""
-    for bad in run.world.gather_objects(run.waiting):
-        for position, key, reason in bad:
-            run.bad_samples += 1
-            record = {"position": position, "key": key, "reason": reason}
-            run.monitor.record("bad_sample", run.step, samples_seen, record)
-    run.waiting = []
 
 
 def evaluate_now(run: Run, stage: Stage, samples_seen: int) -> None:
@@ -374,10 +363,10 @@ def whole_model(run: Run) -> OpenVision3 | None:
 
 def save_now(run: Run, optimizer: Optimizer, samples_seen: int) -> None:
     """Saves a checkpoint, after the records that it counts on."""
-    report_bad(run, samples_seen)
+    run.bad.report(run.step, samples_seen)
     with run.monitor.paused():
         run.monitor.flush()
-        state = {"samples_seen": samples_seen, "bad_samples": run.bad_samples, "skipped_steps": run.watch.skipped}
+        state = {"samples_seen": samples_seen, "bad_samples": run.bad.count, "skipped_steps": run.watch.skipped}
         state |= {name: value for name, value in run.given.items() if value}
         tensors = checkpoint_tensors(run.modules, optimizer, run.unsaved)
         every = run.config.keep_every

@@ -1,14 +1,35 @@
-"""Steps whose losses or gradient are not finite: skipped and counted, and the end of a run after too many in a row."""
+"""What goes wrong in a run: unusable samples, and steps whose losses or gradient are not finite."""
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from openvision3.config import OpenVisionError
-from openvision3.data.batches import Batch
+from openvision3.data.batches import Bad, Batch
 from openvision3.distributed import ALONE, World
+from openvision3.training.monitor import Monitor, NoMonitor
+
+
+@dataclass
+class BadSamples:
+    """The unusable samples that a run meets; `count` is of all processes, as far as they were reported."""
+
+    world: World
+    monitor: Monitor | NoMonitor
+    count: int = 0
+    waiting: list[Bad] = field(default_factory=list)  # this process's, not yet reported
+
+    def report(self, step: int, samples_seen: int) -> None:
+        """Counts and records those met since the last time; every process must ask."""
+        for bad in self.world.gather_objects(self.waiting):
+            for position, key, reason in bad:
+                self.count += 1
+                record = {"position": position, "key": key, "reason": reason}
+                self.monitor.record("bad_sample", step, samples_seen, record)
+        self.waiting = []
 
 
 class FiniteWatch:
