@@ -74,7 +74,7 @@ def results(folder: Path, case: Case, world: World = ALONE) -> dict[str, Tensor]
         found[f"norm {step}"] = clip_gradients(model, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        average.update(step)
+        average.update(step, torch.zeros(()))
     found |= {f"weight {name}": whole_tensor(p.detach()).clone() for name, p in model.named_parameters()}
     return found | {f"average {name}": whole_tensor(tensor) for name, tensor in average.values().items()}
 

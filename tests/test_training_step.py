@@ -232,7 +232,10 @@ def test_watch_skips_until_there_are_too_many_in_a_row(tmp_path: Path, batch: Ba
 
     def skips(step: int, value: str) -> bool:
         losses = {"caption": torch.tensor(1.0), "total": torch.tensor(float(value))}
-        return watch.skips(step, replace(batch, positions=[step]), losses)
+        flag = watch.see(step, replace(batch, positions=[step]), losses)
+        told = watch.settle()
+        assert told == ("" if not flag else f"step {step} skipped: total not finite") and watch.settle() == ""
+        return bool(flag)
 
     assert [skips(1, "1"), skips(2, "nan"), skips(3, "1"), skips(4, "inf")] == [False, True, False, True]
     assert watch.skipped == 2 and not (tmp_path / "bad_batch.json").exists()

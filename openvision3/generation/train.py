@@ -49,11 +49,11 @@ from openvision3.training.checkpoint import (
 from openvision3.training.ema import Average
 from openvision3.training.loop import entered_run
 from openvision3.training.monitor import Monitor, NoMonitor
-from openvision3.training.optimizer import build_optimizer, clip_gradients, set_learning_rate
+from openvision3.training.optimizer import build_optimizer, clip_gradients, set_learning_rate, step_unless
 from openvision3.training.parallel import Engine, Sharded, build_engine, compile_blocks, open_world, whole_tensor
 from openvision3.training.precision import Precision, autocast, choose_precision
 from openvision3.training.run_folder import RunInterrupted, StopRequest, record_environment, recorded_environment
-from openvision3.training.watch import BadSamples, FiniteWatch
+from openvision3.training.watch import BadSamples, FiniteWatch, settle
 
 SHEET = 8  # pictures
 STATISTICS = "statistics.safetensors"
@@ -275,13 +275,16 @@ def train_steps(run: Run, stop: StopRequest) -> None:
         losses = train_step(run, objective, batch)
         run.bad.waiting += batch.bad
         monitor.advance(seen)
-        if run.step % config.log_every == 0 or run.step == 1 or last:
+        due = config.checkpoint_every and seen // config.checkpoint_every > (seen - size) // config.checkpoint_every
+        log = run.step % config.log_every == 0 or run.step == 1 or last
+        if log or due:
+            settle(run.watch, monitor, run.saver)
+        if log:
             run.bad.report(run.step, seen)
             row = {name: float(value) for name, value in losses.items()}
             monitor.log(run.step, seen, {**row, "learning_rate": rate, "skipped_steps": float(run.watch.skipped)})
         if last or (config.sheet_every and seen // config.sheet_every > (seen - size) // config.sheet_every):
             write_sheet(run)
-        due = config.checkpoint_every and seen // config.checkpoint_every > (seen - size) // config.checkpoint_every
         signal_number = run.world.largest(stop.signal_number)
         if (due and not run.watch.in_a_row) or last or signal_number:
             save(run, seen)
@@ -295,17 +298,11 @@ def train_step(run: Run, objective: FlowObjective, batch: Batch) -> dict[str, Te
     """One step, which leaves the weights as they were where loss or gradient are not finite; returns the losses."""
     losses = objective.backward(batch)
     losses["grad_norm"] = clip_gradients(run.dit, run.config.optimizer.clip_norm)
-    try:
-        skipped = run.watch.skips(run.step, batch, losses)
-    except OpenVisionError:
-        run.saver.finish()
-        raise
-    if skipped:
-        run.monitor.say(f"step {run.step} skipped: not finite")
-    else:
-        run.optimizer.step()
-        if run.average is not None:
-            run.average.update(run.step)
+    settle(run.watch, run.monitor, run.saver)  # the step before
+    skip = run.watch.see(run.step, batch, losses)
+    step_unless(run.optimizer, skip)
+    if run.average is not None:
+        run.average.update(run.step, skip)
     run.optimizer.zero_grad()
     return losses
 
@@ -355,6 +352,7 @@ def _gathered(run: Run) -> DiT | None:
 
 def save(run: Run, samples_seen: int) -> None:
     """Saves a checkpoint, after the records that it counts on."""
+    settle(run.watch, run.monitor, run.saver)
     run.bad.report(run.step, samples_seen)
     with run.monitor.paused():
         run.monitor.flush()

@@ -16,13 +16,18 @@ class Average:
         self.decay = decay
         self.parameters = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         self.tensors = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.dtypes = {tensor.dtype for tensor in self.tensors.values()}
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Moves the averages towards the weights after optimizer step `step`, counted from 1."""
-        decay = min(self.decay, step / (step + WARM_UP))
+    def update(self, step: int, skip: Tensor) -> None:
+        """Moves the averages towards the weights after optimizer step `step`, counted from 1.
+
+        Where `skip` (fp32 scalar on the weights' device) is 1 they stay as they are; nothing waits for it.
+        """
+        rate = 1 - min(self.decay, step / (step + WARM_UP))
+        rates = {dtype: torch.full_like(skip, rate, dtype=dtype) * (1 - skip) for dtype in self.dtypes}
         for name, average in self.tensors.items():
-            average.lerp_(self.parameters[name], 1 - decay)
+            average.lerp_(self.parameters[name], rates[average.dtype])
 
     def values(self) -> dict[str, Tensor]:
         """The averages by the parameters' names, as they are sharded."""

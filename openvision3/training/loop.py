@@ -42,7 +42,7 @@ from openvision3.training.frozen import (
 )
 from openvision3.training.latents import check_latents
 from openvision3.training.monitor import Monitor, NoMonitor
-from openvision3.training.optimizer import build_optimizer, clip_gradients, set_learning_rate
+from openvision3.training.optimizer import build_optimizer, clip_gradients, set_learning_rate, step_unless
 from openvision3.training.parallel import Engine, Sharded, build_engine, compile_blocks, open_world, whole_tensor
 from openvision3.training.pictures import picture_columns
 from openvision3.training.precision import Precision
@@ -57,7 +57,7 @@ from openvision3.training.setup import (
 )
 from openvision3.training.stages import Stage, plan, validate
 from openvision3.training.synergy import measure_synergy
-from openvision3.training.watch import BadSamples, FiniteWatch
+from openvision3.training.watch import BadSamples, FiniteWatch, settle
 
 Evaluate = Callable[[OpenVision3, int], Mapping[str, float]]
 SHOWN = ("total", "latent_l1", "pixel_l1", "lpips", "caption", "contrastive")  # on the console
@@ -257,6 +257,8 @@ def train_stage(run: Run, stage: Stage) -> None:
         log = run.step % config.log_every == 0 or run.step == 1 or last
         evaluate = stage.due(run.step, config.eval_every)
         save = save or stage.due(run.step, config.checkpoint_every)
+        if log or evaluate or save:
+            settle(run.watch, monitor, run.saver)
         if log:
             run.bad.report(run.step, seen)
             monitor.log(run.step, seen, log_row(run, learning_rate, losses))
@@ -278,24 +280,21 @@ def train_stage(run: Run, stage: Stage) -> None:
 def train_step(
     run: Run, backward: Callable[[Batch], dict[str, Tensor]], batch: Batch, optimizer: Optimizer
 ) -> dict[str, Tensor]:
-    """One step, which leaves everything as it was where losses or gradient are not finite; returns the losses."""
+    """One step, which leaves everything as it was where losses or gradient are not finite; returns the losses.
+
+    With AdamW nothing waits for what the device does in it: only the step before is waited for, and by then the device
+    has this one's losses and gradient to work on.
+    """
     model, rms = run.model, run.model.token_rms.clone()
     losses = backward(batch)
     losses["grad_norm"] = clip_gradients(model, run.config.optimizer.clip_norm)
-    try:
-        skipped = run.watch.skips(run.step, batch, losses)
-    except OpenVisionError:  # in all processes
-        run.saver.finish()
-        raise
-    if skipped:
-        model.token_rms.copy_(rms)
-        wrong = ", ".join(name for name, value in losses.items() if not value.isfinite())
-        run.monitor.say(f"step {run.step} skipped: {wrong} not finite")
-    else:
-        optimizer.step()
-        model.clamp_logit_scale()
-        if run.average is not None:
-            run.average.update(run.step)
+    settle(run.watch, run.monitor, run.saver)  # the step before
+    skip = run.watch.see(run.step, batch, losses)
+    model.token_rms.copy_(torch.where(skip > 0, rms, model.token_rms))
+    step_unless(optimizer, skip)
+    model.clamp_logit_scale()
+    if run.average is not None:
+        run.average.update(run.step, skip)
     optimizer.zero_grad()
     return losses
 
@@ -363,6 +362,7 @@ def whole_model(run: Run) -> OpenVision3 | None:
 
 def save_now(run: Run, optimizer: Optimizer, samples_seen: int) -> None:
     """Saves a checkpoint, after the records that it counts on."""
+    settle(run.watch, run.monitor, run.saver)
     run.bad.report(run.step, samples_seen)
     with run.monitor.paused():
         run.monitor.flush()

@@ -104,6 +104,18 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate
 
 
+def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """One step, or none where `skip` (fp32 scalar on the device) is 1: weights and state are then as before.
+
+    Fused AdamW decides it on the device; before a step of any other optimizer the device is waited for.
+    """
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = skip  # type: ignore[attr-defined]  # as `torch.amp.GradScaler` hands it over
+        optimizer.step()
+    elif not skip:
+        optimizer.step()
+
+
 def clip_gradients(module: nn.Module, clip_norm: float) -> Tensor:
     """Scales all gradients so that their global norm is at most `clip_norm` (0: no clipping).
 
