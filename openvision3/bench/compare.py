@@ -14,6 +14,7 @@ from openvision3.bench.train_step import (
     PEER_COMPILED,
     TOLERANCE,
     Case,
+    MemorySide,
     SideKind,
     TrainingSide,
     step_flops,
@@ -146,6 +147,31 @@ def compare(
         time_pair(found, slower, faster, rounds, say, start)
     if any(share > 1 for name in found.sides for share in found.of_limits(name).values()):
         found.notes.append("a share of a limit is above 100 %: the machine was busier when the limits were measured")
+    return found
+
+
+def start_memory_worker(case: Case, kind: SideKind) -> Worker:
+    """The process of a side of which memory alone is asked."""
+    return Worker(kind.name, MemorySide, case, kind)
+
+
+def compare_memory(
+    case: Case,
+    kinds: tuple[SideKind, ...] = (PEER, OURS),
+    say: Say = print,
+    start: Callable[[Case, SideKind], Worker] = start_memory_worker,
+) -> dict[str, Figures]:
+    """The memory of one step of each side, one process after the other: two steps a side in all, and no time.
+
+    Raises `OpenVisionError` where the losses or gradients of two sides disagree.
+    """
+    found: dict[str, Figures] = {}
+    for kind in kinds:
+        with start(case, kind) as worker:
+            turn = worker.turn()
+        found[kind.name] = side = Figures(kind, losses=turn["losses"], peak=turn["peak"], static=turn["static"])
+        check_agreement(next(iter(found.values())), side, case.precision)
+        say(f"{case.resolution} px, {kind.name}: {(side.activations or 0) / 2**30:.2f} GiB without static bytes")
     return found
 
 

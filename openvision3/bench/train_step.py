@@ -207,7 +207,7 @@ def step_flops(case: Case, fast: bool) -> dict[str, float]:
     return found
 
 
-Step = Callable[[], dict[str, Tensor]]
+Step = Callable[[Batch], dict[str, Tensor]]
 
 
 class TrainingSide:
@@ -219,8 +219,8 @@ class TrainingSide:
         importlib.import_module("openvision3.bench.peer" if kind.peer else "diffusers")
         self.at_rest = held_bytes(self.device)
         model = build_model(case.config, self.device)
-        batch = with_latents(case) if kind.fast else make_batch(case)
-        self.step, self.trained, frozen = (peer_step if kind.peer else our_step)(case, kind, model, batch)
+        self.batch = with_latents(case) if kind.fast else make_batch(case)
+        self.step, self.trained, frozen = (peer_step if kind.peer else our_step)(case, kind, model)
         parameters = sum(parameter.nbytes for parameter in self.trained)
         self.static = {  # AdamW keeps two moments
             "parameters": parameters,
@@ -230,22 +230,41 @@ class TrainingSide:
         }
 
     def turn(self) -> dict[str, Any]:
-        """Seconds of a step, its losses, and bytes: held at most above the process at rest, and static by part."""
+        """Seconds of a step and of processors, its losses, and bytes: at most above the process at rest, static."""
         gc.collect()
         give_back_memory()
         synchronize(self.device)
         reset_peak(self.device)
-        start = time.perf_counter()
-        losses = self.step()
+        start, busy = time.perf_counter(), time.process_time()
+        losses = self.step(self.batch)
         synchronize(self.device)
-        seconds = time.perf_counter() - start
+        seconds, busy = time.perf_counter() - start, time.process_time() - busy
         peak = peak_bytes(self.device)
         values = {name: float(losses[name]) for name in COMPARED if name in losses}
         above = None if peak is None or self.at_rest is None else peak - self.at_rest
-        return {"seconds": seconds, "losses": values, "peak": above, "static": self.static}
+        return {"seconds": seconds, "processor": busy, "losses": values, "peak": above, "static": self.static}
 
 
-def our_step(case: Case, kind: SideKind, model: OpenVision3, batch: Batch) -> tuple[Step, list[nn.Parameter], int]:
+class MemorySide(TrainingSide):
+    """One side of which memory alone is asked.
+
+    A step of one sample comes first and makes the optimizer's state, so that one step of the whole batch is enough.
+    """
+
+    def __init__(self, case: Case, kind: SideKind) -> None:
+        super().__init__(case, kind)
+        small = replace(case, batch_size=1)
+        self.first = with_latents(small) if kind.fast else make_batch(small)
+
+    def turn(self) -> dict[str, Any]:
+        """As a `TrainingSide`'s, but the losses are those of the step of one sample, before any update."""
+        whole, self.batch = self.batch, self.first
+        losses = super().turn()["losses"]
+        self.batch = whole
+        return {**super().turn(), "losses": losses}
+
+
+def our_step(case: Case, kind: SideKind, model: OpenVision3) -> tuple[Step, list[nn.Parameter], int]:
     """The training loop's step, its trained parameters, and the bytes of the frozen ones."""
     config, stage = case.config, case.stage()
     if kind.fast:
@@ -256,7 +275,7 @@ def our_step(case: Case, kind: SideKind, model: OpenVision3, batch: Batch) -> tu
     set_learning_rate(optimizer, stage.config.peak_lr)
     objective = build_objective(config, stage, model, case.precision)
 
-    def step() -> dict[str, Tensor]:
+    def step(batch: Batch) -> dict[str, Tensor]:
         losses = objective.backward(batch)
         losses["grad_norm"] = clip_gradients(model, config.optimizer.clip_norm)
         optimizer.step()
@@ -267,7 +286,7 @@ def our_step(case: Case, kind: SideKind, model: OpenVision3, batch: Batch) -> tu
     return step, *split_parameters(model, objective.perceptual)
 
 
-def peer_step(case: Case, kind: SideKind, model: OpenVision3, batch: Batch) -> tuple[Step, list[nn.Parameter], int]:
+def peer_step(case: Case, kind: SideKind, model: OpenVision3) -> tuple[Step, list[nn.Parameter], int]:
     """As `our_step`, of the peer with `model`'s weights; plain code, as one would write it."""
     from openvision3.bench.peer import Peer, adamw
 
@@ -282,7 +301,7 @@ def peer_step(case: Case, kind: SideKind, model: OpenVision3, batch: Batch) -> t
     set_learning_rate(optimizer, stage.config.peak_lr)
     trained, frozen = split_parameters(peer)
 
-    def step() -> dict[str, Tensor]:
+    def step(batch: Batch) -> dict[str, Tensor]:
         on_device = to_device(batch, device)
         with autocast(device, case.precision):
             found = peer.losses(on_device, config.seed, case.pixel_stride if kind.fast else 1)

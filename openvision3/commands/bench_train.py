@@ -13,7 +13,8 @@ from openvision3.commands import common
 from openvision3.config import OpenVisionError, TrainConfig, from_dict, to_dict
 
 if TYPE_CHECKING:
-    from openvision3.bench.compare import Comparison
+    from openvision3.bench.compare import Comparison, Figures
+    from openvision3.bench.train_step import Case
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class BenchTrain:
     precision: Literal["bf16", "fp32"] = "bf16"
     device: str = "auto"
     seed: int = 0
+    memory: bool = False  # the memory of one step of the eager peer and of ours alone, one after the other, and no time
     set: tuple[str, ...] = ()  # fields of the recipe to change, such as compile=false
     json: Path | None = None  # also write the figures to this file
     overwrite: bool = False  # replace it where it exists
@@ -52,13 +54,13 @@ def bench_train(options: Options = DEFAULTS) -> int:
         raise OpenVisionError(f"--rounds {options.rounds}: expected at least 1")
     recipe = chosen_recipe(options)
 
-    from openvision3.bench.compare import compare
+    from openvision3.bench.compare import compare, compare_memory
     from openvision3.bench.peer import check_supported
     from openvision3.bench.train_step import PEER, PEER_COMPILED, make_case, save_random_vae
 
     check_supported(recipe.model)
     peers = {"best": (PEER, PEER_COMPILED), "eager": (PEER,), "compiled": (PEER_COMPILED,)}[options.peer]
-    found: list[Comparison] = []
+    found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="ov3-bench-") as folder:
         vae = Path(folder) if recipe.model.vae.kind == "diffusers" else None
         cases = [
@@ -78,9 +80,13 @@ def bench_train(options: Options = DEFAULTS) -> int:
         if vae is not None:
             save_random_vae(vae, options.seed)
         for case in cases:
-            found.append(compare(case, options.rounds, peers, say))
-            print_comparison(found[-1])
-    common.write_json(options.json, [comparison.to_json() for comparison in found], options.overwrite)
+            if options.memory:
+                found.append(print_memory(case, compare_memory(case, say=say)))
+            else:
+                comparison = compare(case, options.rounds, peers, say)
+                print_comparison(comparison)
+                found.append(comparison.to_json())
+    common.write_json(options.json, found, options.overwrite)
     return 0
 
 
@@ -154,6 +160,34 @@ def print_comparison(found: "Comparison") -> None:
     for note in found.notes:
         print(f"note: {note}")
     print(f"the peer of the ratios: {found.best_peer.name}; seed {case.config.seed}")
+
+
+def print_memory(case: "Case", sides: "dict[str, Figures]") -> dict[str, Any]:
+    """The table of one case's memory; its figures."""
+    import torch
+
+    from openvision3.bench.timing import machine
+
+    peer = next(iter(sides.values())).activations
+    rows = []
+    for name, side in sides.items():
+        share = f"{side.activations / peer:.2f}" if peer and side.activations is not None else ""
+        rows.append([name, gib(side.peak), gib(sum(side.static.values())), gib(side.activations), share])
+    common.print_table(
+        f"{case.config.recipe}, {case.resolution} px, batch {case.batch_size}, {case.precision}, texts {case.texts}, "
+        f"seed {case.config.seed}; {machine(torch.device(case.device))}",
+        ["side", "peak GiB", "static", "the rest", "of the peer's"],
+        rows,
+    )
+    return {
+        "recipe": case.config.recipe,
+        "resolution": case.resolution,
+        "batch_size": case.batch_size,
+        "sides": {
+            name: {"peak_bytes": side.peak, "static_bytes": side.static, "activation_bytes": side.activations}
+            for name, side in sides.items()
+        },
+    }
 
 
 def gib(count: int | None) -> str:

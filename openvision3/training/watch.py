@@ -107,8 +107,8 @@ class FiniteWatch:
             temporary.replace(path)
         error = OpenVisionError(
             f"step {seen.step}: {', '.join(wrong)} not finite, as in all of the last {self.in_a_row} steps "
-            f"(max_skipped is {self.limit}); the batch's samples are in {path}. Look at them, or lower the peak learning rate; the "
-            "last checkpoint is from before"
+            f"(max_skipped is {self.limit}); the batch's samples are in {path}. Look at them, or lower the peak "
+            "learning rate; the last checkpoint is from before"
         )
         error.alike = True
         raise error
