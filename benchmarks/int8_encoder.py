@@ -15,9 +15,10 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.ao.quantization as quantization
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.ao.quantization import quantize_dynamic
+from torch.ao.quantization.qconfig import per_channel_dynamic_qconfig
 
 import openvision3
 from openvision3.bench.timing import Spread, machine
@@ -67,8 +68,8 @@ def vit_b(options: argparse.Namespace) -> tuple[VisionEncoder, Tensor]:
 @torch.no_grad()
 def measure(name: str, encoder: VisionEncoder, latents: Tensor, rounds: int) -> None:
     """Prints a line for each precision."""
-    setting = {nn.Linear: quantization.per_channel_dynamic_qconfig}
-    quantized = quantization.quantize_dynamic(copy.deepcopy(encoder), setting, dtype=torch.qint8)
+    setting = {nn.Linear: per_channel_dynamic_qconfig}
+    quantized = quantize_dynamic(copy.deepcopy(encoder), setting, dtype=torch.qint8)
 
     def in_bf16() -> Tensor:
         with autocast(CPU, "bf16"):

@@ -102,7 +102,7 @@ def test_sides_agree_before_their_memory_is_asked(recipe: TrainConfig, precision
         assert turn["losses"] == alone.turn()["losses"]
         assert turn["static"] == alone.static and (turn["peak"] is None or turn["peak"] > 0)
         figures.append(Figures(kind, losses=turn["losses"]))
-    check_agreement(*figures, precision)
+    check_agreement(figures[0], figures[1], precision)
 
 
 def test_every_gradient_agrees(recipe: TrainConfig) -> None:
