@@ -13,14 +13,13 @@ from torch import Tensor
 
 pytest.importorskip("open_clip")
 
-from openvision3.bench.compare import Comparison, Figures, check_agreement, time_pair
+from openvision3.bench.compare import Comparison, check_agreement, compare_memory, time_pair
 from openvision3.bench.peer import Peer, peer_weights
 from openvision3.bench.train_step import (
     OURS,
     OURS_FAST,
     PEER,
     Case,
-    MemorySide,
     SideKind,
     TrainingSide,
     make_batch,
@@ -89,20 +88,6 @@ def test_the_peer_computes_what_the_model_does(recipe: TrainConfig, resolution: 
     assert one.keys() == other.keys() and ("lpips" in one) == (resolution == 48)
     for name in one:
         assert one[name] == pytest.approx(other[name], rel=1e-4), name
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_sides_agree_before_their_memory_is_asked(recipe: TrainConfig, precision: Any) -> None:
-    """In the first step, of one sample; the peak is that of the second."""
-    case = make_case(recipe, 48, 3, precision=precision, device="cpu")
-    figures = []
-    for kind in (PEER, OURS):
-        turn = MemorySide(case, kind).turn()
-        alone = TrainingSide(replace(case, batch_size=1), kind)
-        assert turn["losses"] == alone.turn()["losses"]
-        assert turn["static"] == alone.static and (turn["peak"] is None or turn["peak"] > 0)
-        figures.append(Figures(kind, losses=turn["losses"]))
-    check_agreement(figures[0], figures[1], precision)
 
 
 def test_every_gradient_agrees(recipe: TrainConfig) -> None:
@@ -184,6 +169,14 @@ def test_sides_that_disagree_get_no_ratio(recipe: TrainConfig) -> None:
     agreed.sides[OURS.name].losses["grad_norm"] = float("nan")
     with pytest.raises(OpenVisionError, match="grad_norm"):
         check_agreement(agreed.sides["peer"], agreed.sides[OURS.name], "bf16")
+
+
+def test_memory_is_of_sides_that_agree(recipe: TrainConfig) -> None:
+    said: list[str] = []
+    found = compare_memory(make_case(recipe, 64, 1, device="cpu"), (PEER, OURS), said.append, Fixed)  # type: ignore[arg-type]
+    assert [side.activations for side in found.values()] == [40, 40] and len(said) == 2
+    with pytest.raises(OpenVisionError, match=r"disagree: caption is 2 and 2\.1"):
+        compare_memory(make_case(recipe, 64, 2, device="cpu"), (PEER, OURS), said.append, Fixed)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow  # eight processes that import the libraries

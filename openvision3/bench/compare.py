@@ -14,7 +14,6 @@ from openvision3.bench.train_step import (
     PEER_COMPILED,
     TOLERANCE,
     Case,
-    MemorySide,
     SideKind,
     TrainingSide,
     step_flops,
@@ -150,26 +149,23 @@ def compare(
     return found
 
 
-def start_memory_worker(case: Case, kind: SideKind) -> Worker:
-    """The process of a side of which memory alone is asked."""
-    return Worker(kind.name, MemorySide, case, kind)
-
-
 def compare_memory(
     case: Case,
     kinds: tuple[SideKind, ...] = (PEER, OURS),
     say: Say = print,
-    start: Callable[[Case, SideKind], Worker] = start_memory_worker,
+    start: Callable[[Case, SideKind], Worker] = start_worker,
 ) -> dict[str, Figures]:
-    """The memory of one step of each side, one process after the other: two steps a side in all, and no time.
+    """The memory of a step of each side, one process after the other, and no ratio of times.
 
-    Raises `OpenVisionError` where the losses or gradients of two sides disagree.
+    A first step makes the optimizer's state; the second one counts. Raises `OpenVisionError` where the losses or
+    gradients of the first disagree.
     """
     found: dict[str, Figures] = {}
     for kind in kinds:
         with start(case, kind) as worker:
-            turn = worker.turn()
-        found[kind.name] = side = Figures(kind, losses=turn["losses"], peak=turn["peak"], static=turn["static"])
+            first, second = worker.turn(), worker.turn()
+        found[kind.name] = side = Figures(kind, losses=first["losses"], static=first["static"])
+        side.add(second)
         check_agreement(next(iter(found.values())), side, case.precision)
         say(f"{case.resolution} px, {kind.name}: {(side.activations or 0) / 2**30:.2f} GiB without static bytes")
     return found

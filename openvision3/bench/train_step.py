@@ -245,25 +245,6 @@ class TrainingSide:
         return {"seconds": seconds, "processor": busy, "losses": values, "peak": above, "static": self.static}
 
 
-class MemorySide(TrainingSide):
-    """One side of which memory alone is asked.
-
-    A step of one sample comes first and makes the optimizer's state, so that one step of the whole batch is enough.
-    """
-
-    def __init__(self, case: Case, kind: SideKind) -> None:
-        super().__init__(case, kind)
-        small = replace(case, batch_size=1)
-        self.first = with_latents(small) if kind.fast else make_batch(small)
-
-    def turn(self) -> dict[str, Any]:
-        """As a `TrainingSide`'s, but the losses are those of the step of one sample, before any update."""
-        whole, self.batch = self.batch, self.first
-        losses = super().turn()["losses"]
-        self.batch = whole
-        return {**super().turn(), "losses": losses}
-
-
 def our_step(case: Case, kind: SideKind, model: OpenVision3) -> tuple[Step, list[nn.Parameter], int]:
     """The training loop's step, its trained parameters, and the bytes of the frozen ones."""
     config, stage = case.config, case.stage()

@@ -31,7 +31,7 @@ class BenchTrain:
     precision: Literal["bf16", "fp32"] = "bf16"
     device: str = "auto"
     seed: int = 0
-    memory: bool = False  # the memory of one step of the eager peer and of ours alone, one after the other, and no time
+    memory: bool = False  # memory alone, of the eager peer and of ours, one after the other
     set: tuple[str, ...] = ()  # fields of the recipe to change, such as compile=false
     json: Path | None = None  # also write the figures to this file
     overwrite: bool = False  # replace it where it exists
