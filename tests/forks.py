@@ -25,7 +25,7 @@ class Fork:
     """`python ARGUMENTS` with an environment (a script, or "-m" and a module), with what tests use of `Popen`."""
 
     def __init__(self, arguments: Sequence[str], env: Mapping[str, str]) -> None:
-        self._said = [tempfile.NamedTemporaryFile("r", prefix="ov3-fork-") for _ in range(2)]  # noqa: SIM115: for long
+        self._said = [tempfile.NamedTemporaryFile("r", prefix="ov3-fork-") for _ in range(2)]  # noqa: SIM115
         names = [file.name for file in self._said]
         self._process = _SERVER.Process(target=_run, args=(list(arguments), dict(env), names))
         self._process.start()
