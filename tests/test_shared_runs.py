@@ -56,7 +56,7 @@ def start(
     return [Fork(arguments, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(size)]
 
 
-def finish(processes: Sequence[Fork], seconds: float = SECONDS) -> list[str]:
+def finish(processes: Sequence[Fork | subprocess.Popen], seconds: float = SECONDS) -> list[str]:
     """Waits for all processes, at most so long; returns what they wrote on stderr."""
     end = time.monotonic() + seconds
     try:

@@ -99,7 +99,7 @@ def test_vicunas_form(words):
     assert render(words, said) == whole
     assert render(words, said[:3], True) == f"[BOS]{system} USER: key one ASSISTANT: two[EOS]USER: how many ASSISTANT:"
     assert render(words, [{"role": "system", "content": "Be short."}, *said[:1]]) == "[BOS]Be short. USER: key one "
-    _, learned = pieces(words, encode(words, said, [], 100))
+    _, learned = pieces(words, encode(words, said, [], 1000))
     assert [piece for piece in learned if piece != "."] == ["two", "[EOS]", "three", "[EOS]"]
 
 
