@@ -40,6 +40,7 @@ SHORT_TRAIN = {
     "background-saves": False, "model.vae.source": "kl", "device": "cpu",
 }  # fmt: skip
 SMALL_GENERATOR = {
+    "generator.token-width": 32,
     "generator.backbone.width": 16, "generator.backbone.depth": 2, "generator.backbone.num-heads": 2,
     "generator.head.width": 32, "generator.head.depth": 1, "generator.head.num-heads": 2, "generator.num-classes": 10,
     "samples": 8, "batch-size": 4, "decay-samples": 0, "statistics-samples": 8, "precision": "fp32", "compile": False,
