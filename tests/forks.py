@@ -27,7 +27,8 @@ class Fork:
     def __init__(self, arguments: Sequence[str], env: Mapping[str, str]) -> None:
         self._said = [tempfile.NamedTemporaryFile("r", prefix="ov3-fork-") for _ in range(2)]  # noqa: SIM115
         names = [file.name for file in self._said]
-        self._process = _SERVER.Process(target=_run, args=(list(arguments), dict(env), names))
+        method = multiprocessing.get_start_method()  # of the program's own workers; else they would need another server
+        self._process = _SERVER.Process(target=_run, args=(list(arguments), dict(env), names, method))
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -60,7 +61,8 @@ class Fork:
         self.send_signal(signal.SIGKILL)
 
 
-def _run(arguments: list[str], env: dict[str, str], files: list[str]) -> None:
+def _run(arguments: list[str], env: dict[str, str], files: list[str], method: str) -> None:
+    multiprocessing.set_start_method(method, force=True)
     for number, name in enumerate(files, start=1):
         os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)
     os.environ.clear()
