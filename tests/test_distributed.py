@@ -1,12 +1,12 @@
 """Losses and gradients of a global batch that several processes share: the same as in one process, in fp64."""
 
-import subprocess
-import sys
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Fork
 from shared_losses import Kind, contrastive_results, objective_results
 from tiny_run import make_vae
 from torch import Tensor
@@ -37,12 +37,7 @@ def run_world(
 ) -> list[dict[str, dict[str, Tensor]]]:
     """What each of `size` processes found."""
     path = Path(__file__).with_name(script)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, path, str(rank), str(size), folder, *cases], stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(size)
-    ]
+    processes = [Fork([str(path), str(rank), str(size), str(folder), *cases], os.environ) for rank in range(size)]
     try:
         errors = [process.communicate(timeout=SECONDS)[1] for process in processes]
     finally:

@@ -306,10 +306,11 @@ def test_the_reference_is_written_without_a_warning(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_readmes_python_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("page", ["README.md", "docs/USING.md"])
+def test_the_pages_python_runs(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The README's blocks one after another, as a reader would, after the conversions that they need."""
+    """A page's blocks one after another, as a reader would, after the commands that they need."""
     from PIL import Image
 
     from openvision3.config import SceneConfig
@@ -317,12 +318,20 @@ def test_the_readmes_python_runs(
 
     monkeypatch.chdir(tmp_path)
     Image.fromarray(render(scene(SceneConfig(), "val", 0, 0), 150)).crop((0, 0, 150, 120)).save("picture.jpg")
-    for form in ("transformers", "transformers-vision"):
-        out = f"converted/{'vision' if form.endswith('vision') else form}"
-        assert cli.main(["convert", "demo", "--out", out, "--to", form]) == 0, capsys.readouterr().err
+    if page != "README.md":
+        (tmp_path / "pictures").mkdir()
+        (tmp_path / "pictures" / "picture.jpg").symlink_to(tmp_path / "picture.jpg")
+        needed = [["encode", "pictures", "--out", "tokens"]]
+        for form, out in (("transformers", "converted/transformers"), ("transformers-vision", "converted/vision")):
+            needed.append(["convert", "demo", "--out", out, "--to", form])
+        for args in needed:
+            assert cli.main(args) == 0, capsys.readouterr().err
     names: dict[str, Any] = {}
     for block in PYTHON:
-        if block.page == ROOT / "README.md":
+        if block.page == ROOT / page:
             exec(compile(block.text, str(block), "exec"), names)
-    assert names["images_hat"].shape[2:] == (120, 150)
-    assert names["probabilities"].shape == (1, 2) and len(names["labels"]) == 2
+    if page == "README.md":
+        assert names["images_hat"].shape[2:] == (128, 128) and names["similarity"].shape == (1, 2)
+    else:
+        assert names["images_hat"].shape[2:] == (120, 150) and names["best"] == ["picture.jpg"]
+        assert names["probabilities"].shape == (1, 2) and len(names["labels"]) == 2

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from encoder_folders import save_transformers
+from forks import Fork
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -166,13 +167,13 @@ def test_a_signal_keeps_what_was_encoded_and_the_same_command_goes_on(
 
 def kill_after(shards: int, out: Path, command: list[str], environment: dict[str, str]) -> None:
     """Starts the command and kills it, at no moment in particular, soon after the folder has that many shards."""
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = Fork(command[1:], environment)
     end = time.monotonic() + 300
     while process.poll() is None and len(list(out.glob("tokens-*.safetensors"))) < shards and time.monotonic() < end:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     _, errors = process.communicate()
-    assert process.returncode == -signal.SIGKILL, errors.decode()
+    assert process.returncode == -signal.SIGKILL, errors
 
 
 def command_line(out: Path, tiny_model: Path, pictures: Path, batch_size: int = 1) -> tuple[list[str], dict[str, str]]:

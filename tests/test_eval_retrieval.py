@@ -7,7 +7,7 @@ from evaluation_models import Oracle, random_model
 
 from openvision3.config import OpenVisionError
 from openvision3.data import demo, grammar
-from openvision3.evaluation.retrieval import hit_probability, recalls, retrieval
+from openvision3.evaluation.retrieval import any_hit_probability, hit_probability, recalls, retrieval
 from openvision3.evaluation.samples import scene_samples
 from openvision3.evaluation.zeroshot import demo_prompts, imagenet_prompts, label_embeddings, zeroshot
 
@@ -19,6 +19,25 @@ def test_hits_with_ties_are_expectations() -> None:
     assert hit_probability(scores, target, 2).tolist() == [1.0, 0.5, 0.5]
     assert hit_probability(scores, target, 3).tolist() == [1.0, 1.0, 0.75]
     assert hit_probability(scores, target, 9).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_any_of_several_targets_is_enough() -> None:
+    scores = torch.tensor([[0.9, 0.5, 0.5, 0.5, 0.1], [0.3, 0.3, 0.3, 0.3, 0.3]])
+    own = torch.tensor([[0, 1, 1, 0, 1], [1, 1, 0, 0, 0]], dtype=torch.bool)
+    assert any_hit_probability(scores, own, 1).tolist() == [0.0, 2 / 5]
+    assert any_hit_probability(scores, own, 2).tolist() == [2 / 3, 1 - 3 / 10]  # of ten pairs three have neither
+    assert any_hit_probability(scores, own, 4).tolist() == [1.0, 1.0]
+    single = torch.nn.functional.one_hot(torch.tensor([2, 1]), 5).bool()
+    for k in (1, 2, 3, 9):
+        expected = hit_probability(scores, torch.tensor([2, 1]), k)
+        assert any_hit_probability(scores, single, k).tolist() == pytest.approx(expected.tolist())
+
+
+def test_pictures_with_several_captions() -> None:
+    """Picture 0 has texts at 10 and 80 degrees, picture 1 (90 degrees) one at 85: the one at 80 finds the wrong one."""
+    figures = recalls(directions(0, 90), directions(10, 80, 85), torch.arange(3), torch.tensor([0, 0, 1]))
+    assert (figures["image_to_text_r1"], figures["text_to_image_r1"]) == (1.0, pytest.approx(2 / 3))
+    assert (figures["ceiling_r1"], figures["chance_r1"]) == (1.0, 0.5)
 
 
 def directions(*degrees: float) -> torch.Tensor:

@@ -8,8 +8,6 @@ import pickle
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Sequence
@@ -20,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forks import Fork
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_run import make_vae, tiny_config
@@ -257,10 +256,8 @@ def test_the_parts_of_a_mixture_find_their_tars(cache: Path, tars: Path) -> None
                 assert any(torch.equal(batch.latents[i], view) for view in stored)
 
 
-def ov3(args: list[str]) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "openvision3.cli", *args]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def ov3(args: list[str]) -> Fork:
+    return Fork(["-m", "openvision3", *args], {**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def test_killed_and_started_again_the_bytes_are_the_same(tmp_path: Path, vae: VAEConfig) -> None:
@@ -296,7 +293,7 @@ def test_two_processes_share_the_tars(tmp_path: Path, cache: Path, tars: Path, v
     both = [ov3(arguments(tmp_path / "tars", tmp_path / "c", vae, *VIEWS, "--json", path)) for path in figures]
     for process in both:
         _, errors = process.communicate()
-        assert process.returncode == 0, errors.decode()
+        assert process.returncode == 0, errors
     assert shard_bytes(tmp_path / "c") == shard_bytes(alone)
     assert sum(json.loads(path.read_text())["samples"] for path in figures) == 6 * 60
 

@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import Fork
 from safetensors.torch import load_file
 from tiny_run import make_vae, tiny_config
 
@@ -291,8 +291,8 @@ def kill_and_finish(folder: Path, vae: VAEConfig, steps: int, kills: int, seed: 
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     done = 0
     while True:
-        command = [sys.executable, str(script), str(folder), vae.source, str(steps), str(rng.randint(0, workers))]
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        arguments = [str(script), str(folder), vae.source, str(steps), str(rng.randint(0, workers))]
+        process = Fork(arguments, environment)
         if done < kills:
             seconds = rng.uniform(0, 4) if rng.random() < 0.5 else 600.0
             wait_for_steps(process, folder / "metrics.jsonl", rng.randint(1, max(1, steps // kills)), seconds)
@@ -303,11 +303,11 @@ def kill_and_finish(folder: Path, vae: VAEConfig, steps: int, kills: int, seed: 
         if process.returncode == -signal.SIGKILL:
             done += 1
             continue
-        assert process.returncode == 0, errors.decode()
+        assert process.returncode == 0, errors
         return done
 
 
-def wait_for_steps(process: subprocess.Popen, records: Path, steps: int, seconds: float) -> None:
+def wait_for_steps(process: Fork | subprocess.Popen, records: Path, steps: int, seconds: float) -> None:
     """Waits until the process has logged `steps` more of them than there were, or has ended, or for `seconds`."""
     lines, end = [-1], time.monotonic() + seconds
     while process.poll() is None and len(lines) <= steps and time.monotonic() < end:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from forks import Fork
 from safetensors.torch import load_file
 from test_resume import wait_for_steps
 from tiny_run import make_vae, tiny_config
@@ -34,8 +35,8 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> VAEConfig:
 def start(
     size: int, folder: Path, vae: VAEConfig, steps: int, workers: int = 0, precision: str = "fp64", kind: str = "ddp",
     saves: str = "", spoil: str = "", pause: float = 0.0, command: Sequence[str] = (),
-) -> list[subprocess.Popen]:  # fmt: skip
-    """The processes of a run, which meet at a port of their own."""
+) -> list[Fork]:  # fmt: skip
+    """The processes of a run, which meet at a port of their own; `command` is what is given to `python`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -52,19 +53,10 @@ def start(
         "SPOIL": spoil,
         "PAUSE": str(pause),
     }
-    return [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
+    return [Fork(arguments, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(size)]
 
 
-def finish(processes: Sequence[subprocess.Popen], seconds: float = SECONDS) -> list[str]:
+def finish(processes: Sequence[Fork | subprocess.Popen], seconds: float = SECONDS) -> list[str]:
     """Waits for all processes, at most so long; returns what they wrote on stderr."""
     end = time.monotonic() + seconds
     try:
@@ -170,7 +162,7 @@ def test_one_process_names_what_all_find(tmp_path: Path, vae: VAEConfig) -> None
     assert errors == ["ov3: ema is 2: expected at least 0 and less than 1\n", ""]
 
 
-def kill(how: str, processes: Sequence[subprocess.Popen], rng: random.Random, folder: Path) -> None:
+def kill(how: str, processes: Sequence[Fork], rng: random.Random, folder: Path) -> None:
     """SIGKILL for one process or for all; "saving" waits for a checkpoint under way, and spoils what is there of it."""
     if how == "one":
         processes[rng.randrange(len(processes))].send_signal(signal.SIGKILL)

@@ -1,5 +1,6 @@
 """Token ids and label masks of conversations, against arrays written by hand and transformers' own processors."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from transformers import (
 from openvision3.config import OpenVisionError
 from openvision3.vlm.assemble import add_image_token, assemble, calibrate_projector, open_tower, rms
 from openvision3.vlm.config import VLMDataConfig
-from openvision3.vlm.conversation import IMAGE, UnusableConversation, encode, encode_apart, render
+from openvision3.vlm.conversation import IMAGE, VICUNA_TEMPLATE, UnusableConversation, encode, encode_apart, render
 from openvision3.vlm.data import Collate, Conversation, EncodedConversations, picture_tokens
 from openvision3.vlm.train import loss_sum
 
@@ -83,6 +84,30 @@ def test_literal_arrays(words):
     at = 1 + u + 4 + 2 + 1 + a + 2  # within the first answer
     cut = encode(words, [user(f"{IMAGE}{IMAGE} key"), answer("two key"), user("one"), answer("three")], [3, 1], at)
     assert cut.ids == expected[:at] and cut.labels == labels[:at] and cut.labels[-1] == ids["key"]
+
+
+def test_vicunas_form(words):
+    """LLaVA-1.5's text of a conversation (its `conv_vicuna_v1`), written out; what is learned of it."""
+    words = copy.deepcopy(words)
+    words.chat_template = VICUNA_TEMPLATE
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    )
+    said = [user("key one"), answer("two"), user("how many"), answer("three")]
+    whole = f"[BOS]{system} USER: key one ASSISTANT: two[EOS]USER: how many ASSISTANT: three[EOS]"
+    assert render(words, said) == whole
+    assert render(words, said[:3], True) == f"[BOS]{system} USER: key one ASSISTANT: two[EOS]USER: how many ASSISTANT:"
+    assert render(words, [{"role": "system", "content": "Be short."}, *said[:1]]) == "[BOS]Be short. USER: key one "
+    _, learned = pieces(words, encode(words, said, [], 1000))
+    assert [piece for piece in learned if piece != "."] == ["two", "[EOS]", "three", "[EOS]"]
+
+
+def test_what_a_template_refuses_is_unusable():
+    strict = vlm_models.tokenizer()
+    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UnusableConversation, match="refuses it: roles must alternate"):
+        encode(strict, [user("key"), user("one")], [], 100)
 
 
 def test_plain(words):

@@ -44,6 +44,15 @@ def test_pictures_that_no_text_places_stand_first(data):
     assert found.messages[0]["content"] == f"{IMAGE}\nhow many"
 
 
+def test_an_answer_that_nobody_asked_for_is_left_out(data):
+    """Some of ShareGPT's begin with one; LLaVA leaves it out, too."""
+    entries = json.loads(data.read_text())
+    entries[1]["conversations"].insert(0, {"from": "gpt", "value": "go on"})
+    whole = JsonConversations(data, str(data.parent / "pictures")).read(1)
+    data.write_text(json.dumps(entries))
+    assert JsonConversations(data, str(data.parent / "pictures")).read(1).messages == whole.messages
+
+
 def test_tars(data, tmp_path):
     """Pictures by their names in tars are those of the folder, in folders of the tar too."""
     for number, names in enumerate((["0-0.png", "2-0.png"], ["2-1.png"])):

@@ -31,6 +31,7 @@ class EvalOptions:
     batch_size: int = 32
     num_names: int = 494  # scenes-v1 with things of this many names alone, for an encoder that was trained on no more
     labels: Path | None = None  # for a folder: a file with one label a line, in the order of its sub-folders
+    captions: Path | None = None  # for a folder: COCO's file of its captions, such as captions_val2017.json
     num_beams: int = 1  # of captions; 1 is greedy
     fidelity: bool = True  # distances of the two sets of pictures, on Inception's features if there, else EffNetLite0's
     inception: str = ""  # file of Inception's weights, for rFID
@@ -111,7 +112,7 @@ def _measure(loaded: Any, name: str, parts: Sequence[str], options: EvalOptions,
 
     scenes = SceneConfig(num_names=options.num_names)
     size = options.size or getattr(loaded.config, "image_size", SIZE)
-    data = open_samples(options.data, size, options.samples, scenes, options.labels)
+    data = open_samples(options.data, size, options.samples, scenes, options.labels, options.captions)
     network = _feature_network(options, loaded) if "reconstruction" in parts and options.fidelity else None
     total = options.samples or (BENCHMARK_SAMPLES if options.data == BENCHMARK else None)
     with common.Progress(total, "pictures") as progress:

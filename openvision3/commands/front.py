@@ -20,7 +20,8 @@ def front(model: Model = ModelOptions(), options: Options = EvalOptions(), outpu
     from openvision3.evaluation.samples import open_samples
 
     size = options.size or loaded.config.image_size
-    data = open_samples(options.data, size, options.samples, SceneConfig(num_names=options.num_names), options.labels)
+    scenes = SceneConfig(num_names=options.num_names)
+    data = open_samples(options.data, size, options.samples, scenes, options.labels, options.captions)
     figures = _compare(loaded, data, options.batch_size)
     common.write_json(output.json, figures, output.overwrite)
     for name, reason in data.failed:

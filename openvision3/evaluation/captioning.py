@@ -18,8 +18,8 @@ PROTOCOL = (
     "named are exactly those in it; exact: their counts too; one: pictures of one thing, different: of several "
     "different things, repeated: with one thing twice or more, two: of two different things; two_relation: a relation "
     "is stated and right, of those of two that allow one; relation and scene: right among the captions that state "
-    "one (relation_chance: a direction drawn at random; scene_commonest: always the commonest scene); CIDEr-D: one "
-    "reference a picture, words in lower case without punctuation, document frequencies of the references, times 10"
+    "one (relation_chance: a direction drawn at random; scene_commonest: always the commonest scene); CIDEr-D: all "
+    "references of a picture, words in lower case without punctuation, document frequencies of the references, times 10"
 )
 
 
@@ -127,15 +127,15 @@ class CaptionMeter:
         self.model = model
         self.num_beams = num_beams
         self.captions: list[str] = []
-        self.references: list[str] = []
+        self.references: list[tuple[str, ...]] = []
         self.scenes: list[tuple[Scene | None, str | None]] = []
 
     def update(self, batch: EncodedBatch) -> None:
         captions = self.model.caption(tokens=batch.tokens, num_beams=self.num_beams)
         for sample, caption in zip(batch.samples, captions, strict=True):
-            if sample.caption or sample.scene:
+            if sample.references or sample.scene:
                 self.captions.append(caption)
-                self.references.append(sample.caption)
+                self.references.append(sample.references)
                 self.scenes.append((sample.scene, sample.scene_word))
 
     def result(self) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class CaptionMeter:
         if not self.captions:
             raise OpenVisionError("captioning needs captions to compare with, and no picture of this data has one")
         scored = [(c, r) for c, r in zip(self.captions, self.references, strict=True) if r]
-        figures: dict[str, Any] = {"cider_d": mean(cider_d([c for c, _ in scored], [[r] for _, r in scored]))}
+        figures: dict[str, Any] = {"cider_d": mean(cider_d([c for c, _ in scored], [r for _, r in scored]))}
         judged = [
             (scene, word, judge(scene, word, caption))
             for (scene, word), caption in zip(self.scenes, self.captions, strict=True)

@@ -1,5 +1,6 @@
 """Image-text retrieval: which caption belongs to which picture, both ways, with the ceiling that duplicates set."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,10 @@ PROTOCOL = (
     "set; only a picture's own pair counts; ties are counted as their expectation under random order; ceiling: that of "
     "a model that confuses identical captions only; chance: k / n"
 )
+SEVERAL = (
+    "; pictures have several captions: a picture finds its own by any of them, each of them looks for its picture; "
+    "ceiling and chance are those of text to image"
+)
 _CHUNK = 1024  # queries scored at once
 
 
@@ -27,6 +32,19 @@ def hit_probability(scores: Tensor, target: Tensor, k: int) -> Tensor:
     better = (scores > own).sum(dim=1).double()
     equal = (scores == own).sum(dim=1).double()
     return ((k - better) / equal).clamp(0, 1)
+
+
+def any_hit_probability(scores: Tensor, own: Tensor, k: int) -> Tensor:
+    """The same (Q,) where there are several targets, of which one is enough: `own` (Q, G) marks them, one at least."""
+    best = scores.masked_fill(~own, -math.inf).amax(dim=1, keepdim=True)
+    equal = scores == best
+    counts = [(scores > best).sum(dim=1), equal.sum(dim=1), (equal & ~own).sum(dim=1)]
+    found = []
+    for better, alike, others in torch.stack(counts, dim=1).tolist():
+        places = min(max(0, k - better), alike)  # that equal scores share among them
+        ways = math.comb(alike, places)
+        found.append((ways - math.comb(others, places)) / ways)
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def check_finite(embeddings: Tensor, what: str) -> Tensor:
@@ -56,24 +74,28 @@ def require_text_encoder(model: Any, purpose: str) -> None:
         )
 
 
-def recalls(images: Tensor, texts: Tensor, rows: Tensor) -> dict[str, float]:
+def recalls(images: Tensor, texts: Tensor, rows: Tensor, owners: Tensor | None = None) -> dict[str, float]:
     """R@1, R@5 and R@10 both ways, with ceiling and chance.
 
-    `images` (n, D) and `texts` (m, D) are normalised embeddings; `rows` (n,) is the row of each picture's text.
-    Pictures that share a text have the same row, so that its scores are equal to the last bit.
+    `images` (n, D) and `texts` are normalised embeddings. Of each caption, `rows` (m,) is the row of its text, and
+    `owners` (m,) the picture that it belongs to (None: the i-th to the i-th; every picture has one at least). Captions
+    with the same text have the same row, so that their scores are equal to the last bit.
     """
-    n = len(images)
+    n, m = len(images), len(rows)
+    owners = torch.arange(m) if owners is None else owners
     hits: dict[str, list[float]] = {f"{way}_r{k}": [] for way in ("image_to_text", "text_to_image") for k in RECALLS}
     for start in range(0, n, _CHUNK):
-        stop = min(start + _CHUNK, n)
-        target = torch.arange(start, stop)
-        to_text = (images[start:stop] @ texts.T)[:, rows]
-        to_image = texts[rows[start:stop]] @ images.T
+        scores = (images[start : start + _CHUNK] @ texts.T)[:, rows]
+        own = owners == torch.arange(start, start + len(scores))[:, None]
         for k in RECALLS:
-            hits[f"image_to_text_r{k}"] += hit_probability(to_text, target, k).tolist()
-            hits[f"text_to_image_r{k}"] += hit_probability(to_image, target, k).tolist()
+            hits[f"image_to_text_r{k}"] += any_hit_probability(scores, own, k).tolist()
+    for start in range(0, m, _CHUNK):
+        scores = texts[rows[start : start + _CHUNK]] @ images.T
+        for k in RECALLS:
+            hits[f"text_to_image_r{k}"] += hit_probability(scores, owners[start : start + _CHUNK], k).tolist()
     figures = {name: mean(values) for name, values in hits.items()}
-    shared = torch.bincount(rows)[rows].tolist()  # pictures with the same text, for each picture
+    pairs = torch.stack([rows, owners], dim=1).unique(dim=0)
+    shared = torch.bincount(pairs[:, 0])[rows].tolist()  # pictures with the same text, for each caption
     for k in RECALLS:
         figures[f"ceiling_r{k}"] = mean([min(k, group) / group for group in shared])
         figures[f"chance_r{k}"] = min(k, n) / n
@@ -87,23 +109,25 @@ class RetrievalMeter:
         require_text_encoder(model, "retrieval")
         self.model = model
         self.images: list[Tensor] = []
-        self.captions: list[str] = []
+        self.captions: list[tuple[str, ...]] = []  # of each picture
 
     def update(self, batch: EncodedBatch) -> None:
-        with_caption = [i for i, sample in enumerate(batch.samples) if sample.caption]
+        with_caption = [i for i, sample in enumerate(batch.samples) if sample.references]
         self.images.append(pooled(self.model, batch)[with_caption])
-        self.captions += [batch.samples[i].caption for i in with_caption]
+        self.captions += [batch.samples[i].references for i in with_caption]
 
     def result(self) -> dict[str, Any]:
         """Recalls with ceiling and chance; raises `OpenVisionError` where no picture has a caption."""
         if not self.captions:
             raise OpenVisionError("retrieval needs captions, and no picture of this data has one")
-        distinct = list(dict.fromkeys(self.captions))
+        captions = [caption for texts in self.captions for caption in texts]
+        owners = torch.tensor([picture for picture, texts in enumerate(self.captions) for _ in texts])
+        distinct = list(dict.fromkeys(captions))
         row = {caption: i for i, caption in enumerate(distinct)}
-        rows = torch.tensor([row[caption] for caption in self.captions])
-        figures: dict[str, Any] = recalls(torch.cat(self.images), embed_texts(self.model, distinct), rows)
-        figures |= {"n": len(self.captions), "distinct_captions": len(distinct), "protocol": PROTOCOL}
-        return figures
+        rows = torch.tensor([row[caption] for caption in captions])
+        figures: dict[str, Any] = recalls(torch.cat(self.images), embed_texts(self.model, distinct), rows, owners)
+        figures |= {"n": len(self.captions), "distinct_captions": len(distinct)}
+        return figures | {"protocol": PROTOCOL + (SEVERAL if len(captions) > len(self.captions) else "")}
 
 
 def retrieval(

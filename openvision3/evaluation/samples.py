@@ -3,6 +3,7 @@
 All of them come as square uint8 pictures of one size, in a fixed order, and can be gone through again.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,12 @@ class EvalSample:
     label: int = -1
     scene: Scene | None = None  # what a demo picture truly shows
     scene_word: str | None = None  # and where; None where a look would not settle it
+    captions: tuple[str, ...] = ()  # where it has several; `caption` is the first
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """All of its captions."""
+        return self.captions or ((self.caption,) if self.caption else ())
 
 
 @dataclass
@@ -63,25 +70,29 @@ def open_samples(
     samples: int = 0,
     scenes: SceneConfig | None = None,
     labels: Path | None = None,
+    captions: Path | None = None,
 ) -> SampleSet:
     """Opens `data`: "scenes-v1", "landscapes", a folder of pictures (sub-folders are labels), or tars.
 
     `samples` limits how many are used (0: all); `scenes` changes the distribution of "scenes-v1", for an encoder that
-    was trained on fewer names; `labels` is a text file with one label a line, in the order of the sorted sub-folders.
-    Raises `OpenVisionError` where there is nothing to read.
+    was trained on fewer names; `labels` is a text file with one label a line, in the order of the sorted sub-folders;
+    `captions` is COCO's file of a folder's captions. Raises `OpenVisionError` where there is nothing to read.
     """
     if size < 1:
         raise OpenVisionError(f"size is {size}, but must be a positive number of pixels")
+    path = Path(data)
+    folder = path.is_dir() and not any(path.glob("*.tar"))
+    if not folder and (labels or captions):
+        raise OpenVisionError(f"labels and captions are of a folder of pictures, which {data!r} is not")
     if data == demo.BENCHMARK:
         return scene_samples(samples or demo.BENCHMARK_SAMPLES, size, scenes or SceneConfig())
     if data == LANDSCAPES:
         return landscape_samples(size, samples)
-    path = Path(data)
     if not path.exists() and not any(mark in data for mark in "*{"):
         known = f"{demo.BENCHMARK!r}, {LANDSCAPES!r}"
         raise OpenVisionError(f"{data!r} is no data to evaluate on: expected {known}, a folder of pictures, or tars")
-    if path.is_dir() and not any(path.glob("*.tar")):
-        return folder_samples(path, size, samples, labels)
+    if folder:
+        return folder_samples(path, size, samples, labels, captions)
     return tar_samples(data, size, samples)
 
 
@@ -137,11 +148,14 @@ def landscape_samples(size: int = 128, samples: int = 0) -> SampleSet:
     return SampleSet(LANDSCAPES, protocol, size, None, make)
 
 
-def folder_samples(folder: Path, size: int, samples: int = 0, labels: Path | None = None) -> SampleSet:
+def folder_samples(
+    folder: Path, size: int, samples: int = 0, labels: Path | None = None, captions: Path | None = None
+) -> SampleSet:
     """All pictures below a folder, sorted by path, or `samples` of them spread evenly over that list.
 
-    A picture's caption is the text of the file beside it with the suffix `.txt`, where there is one; its label is its
-    sub-folder. Pictures that can't be read are left out and named in `failed`.
+    A picture's captions are those that COCO's file `captions` has of it; without that file, the text of the file beside
+    it with the suffix `.txt`, where there is one. Its label is its sub-folder. Pictures that can't be read are left out
+    and named in `failed`.
     """
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in PICTURE_SUFFIXES and f.is_file())
     if not files:
@@ -151,20 +165,26 @@ def folder_samples(folder: Path, size: int, samples: int = 0, labels: Path | Non
         files = [files[i * found // samples] for i in range(samples)]
     classes = sorted({f.relative_to(folder).parts[0] for f in files if f.parent != folder})
     names = _label_names(classes, labels)
+    known = None if captions is None else coco_captions(captions)
+    if known is not None and not any(file.name in known for file in files):
+        raise OpenVisionError(f"{captions} has captions of none of the pictures below {folder}")
 
     def make(self: SampleSet) -> Iterator[EvalSample]:
         for file in files:
             parts = file.relative_to(folder).parts
             try:
                 image = square_pixels(file, size)
-                caption = _caption_beside(file)
+                texts = _caption_beside(file) if known is None else known.get(file.name, ())
             except OpenVisionError as error:
                 self.failed.append((str(file), str(error)))
                 continue
             label = classes.index(parts[0]) if len(parts) > 1 else -1
-            yield EvalSample("/".join(parts), image, caption, caption, label)
+            caption = texts[0] if texts else ""
+            yield EvalSample("/".join(parts), image, caption, caption, label, captions=texts)
 
     protocol = f"{len(files)} of {found} pictures below {folder}, {RESIZING} to {size} px"
+    if known is not None:
+        protocol += f"; captions of {captions}"
     return SampleSet(str(folder), protocol, size, None, make, names)
 
 
@@ -175,7 +195,7 @@ def square_pixels(path: Path, size: int) -> np.ndarray:
 
 
 def _label_names(classes: list[str], labels: Path | None) -> tuple[str, ...]:
-    """What a folder's classes are called: the file's lines, ImageNet's names for its 1000 synsets, or the folders'."""
+    """What a folder's classes are called: the file's lines, ImageNet's names for its synsets, or the folders' own."""
     if labels is not None:
         try:
             lines = [line.strip() for line in labels.read_text().splitlines() if line.strip()]
@@ -184,23 +204,53 @@ def _label_names(classes: list[str], labels: Path | None) -> tuple[str, ...]:
         if len(lines) != len(classes):
             raise OpenVisionError(f"{labels} has {len(lines)} labels, but the folder has {len(classes)} sub-folders")
         return tuple(lines)
-    if len(classes) == 1000 and all(c[0] == "n" and c[1:].isdigit() for c in classes):
-        try:
-            from open_clip import IMAGENET_CLASSNAMES
-        except ImportError:
-            raise OpenVisionError("ImageNet's class names come with open_clip: pip install openvision3[eval]") from None
-        return tuple(IMAGENET_CLASSNAMES)
-    return tuple(c.replace("_", " ") for c in classes)
+    return _imagenet_names(classes) or tuple(c.replace("_", " ") for c in classes)
 
 
-def _caption_beside(file: Path) -> str:
+def _imagenet_names(classes: list[str]) -> tuple[str, ...]:
+    """CLIP's names for folders that are all among ImageNet's 1000 synsets (n01440764 and so on); none for others."""
+    if not all(len(c) == 9 and c[0] == "n" and c[1:].isdigit() for c in classes):
+        return ()
+    from timm.data.imagenet_info import ImageNetInfo
+
+    order = {synset: i for i, synset in enumerate(ImageNetInfo().label_names())}
+    if not order.keys() >= set(classes):
+        return ()
+    try:
+        from open_clip import IMAGENET_CLASSNAMES
+    except ImportError:
+        raise OpenVisionError("ImageNet's class names come with open_clip: pip install openvision3[eval]") from None
+    return tuple(IMAGENET_CLASSNAMES[order[c]] for c in classes)
+
+
+def _caption_beside(file: Path) -> tuple[str, ...]:
     text = file.with_suffix(".txt")
     if not text.is_file():
-        return ""
+        return ()
     try:
-        return text.read_text(encoding="utf-8").strip()
+        caption = text.read_text(encoding="utf-8").strip()
+        return (caption,) if caption else ()
     except (OSError, UnicodeDecodeError) as error:
         raise OpenVisionError(f"{text}: not a readable caption ({error})") from None
+
+
+def coco_captions(file: Path) -> dict[str, tuple[str, ...]]:
+    """The captions of each picture by its file name, from COCO's annotations such as `captions_val2017.json`.
+
+    Raises `OpenVisionError` for anything else.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        names = {image["id"]: str(image["file_name"]) for image in found["images"]}
+        captions: dict[str, tuple[str, ...]] = {}
+        for annotation in found["annotations"]:
+            name, caption = names[annotation["image_id"]], str(annotation["caption"]).strip()
+            captions[name] = (*captions.get(name, ()), *([caption] if caption else []))
+    except (OSError, UnicodeDecodeError) as error:
+        raise OpenVisionError(f"{file}: not readable ({error})") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise OpenVisionError(f'{file}: expected COCO\'s captions, {{"images": [...], "annotations": [...]}}') from None
+    return captions
 
 
 def tar_samples(paths: str, size: int, samples: int = 0) -> SampleSet:

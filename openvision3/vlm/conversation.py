@@ -9,6 +9,16 @@ from openvision3.config import OpenVisionError
 IMAGE = "<image>"  # stands for a picture in a text, as in LLaVA's data
 IGNORED = -100  # label of what is not learned
 
+# Vicuna's form of a conversation, v1.1, which LLaVA-1.5 is trained with; Vicuna's own tokenizer has no template
+VICUNA_TEMPLATE = (
+    "{{ bos_token }}{% if messages and messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}"
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions.{% endif %}{{ ' ' }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}USER: {{ message['content'] }}{{ ' ' }}"
+    "{% elif message['role'] == 'assistant' %}ASSISTANT: {{ message['content'] }}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
 Message = dict[str, str]  # role ("system", "user", "assistant") and content
 Template = Literal["chat", "plain"]
 
@@ -110,10 +120,18 @@ def encode_apart(
 
 
 def render(tokenizer: Any, messages: Sequence[Message], open_answer: bool = False) -> str:
-    """The text of a conversation by the tokenizer's chat template; with `open_answer`, up to where an answer begins."""
+    """The text of a conversation by the tokenizer's chat template; with `open_answer`, up to where an answer begins.
+
+    Raises `UnusableConversation` where the template refuses it, as many do where roles do not take turns.
+    """
+    from jinja2 import TemplateError
+
     if not tokenizer.chat_template:
         raise OpenVisionError("the language model's tokenizer has no chat template: choose an instruction-tuned one")
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=open_answer)
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=open_answer)
+    except TemplateError as error:
+        raise UnusableConversation(f"the chat template refuses it: {error}") from None
 
 
 def _plain(messages: Sequence[Message]) -> list[Message]:

@@ -150,6 +150,8 @@ class JsonConversations(Conversations):
             messages = [{"role": _ROLES[turn["from"]], "content": str(turn["value"])} for turn in turns]
         except (KeyError, TypeError):
             raise UnusableConversation(f'{key}: expected "conversations": [{{"from": ..., "value": ...}}]') from None
+        if messages and messages[0]["role"] == "assistant":  # as LLaVA: some of ShareGPT's begin with an answer
+            del messages[0]
         try:
             pictures = [self.pictures_of.read(name) for name in _names(entry)] if self.pictures_of else []
         except OpenVisionError as error:

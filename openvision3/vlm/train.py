@@ -1,6 +1,7 @@
 """LLaVA's two stages with transformers' Trainer as the engine: the projector alone, then the language model with it."""
 
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,7 +26,7 @@ from openvision3.training.precision import Precision, autocast, choose_precision
 from openvision3.training.run_folder import RunInterrupted, StopRequest, record_environment, recorded_environment
 from openvision3.vlm.assemble import assemble, calibrate_projector, open_tower
 from openvision3.vlm.config import VLMStageConfig, VLMTrainConfig, validate
-from openvision3.vlm.conversation import IGNORED
+from openvision3.vlm.conversation import IGNORED, VICUNA_TEMPLATE
 from openvision3.vlm.data import Collate, Conversations, EncodedConversations, open_conversations, order
 from openvision3.vlm.folder import VLM, save_vlm
 from openvision3.vlm.language_model import open_language_model
@@ -76,6 +77,9 @@ def build(config: VLMTrainConfig) -> tuple[VLM, int]:
     """The model before its training, in fp32 on the CPU, and the side of its pictures in pixels."""
     tower = open_tower(config.tower, config.resolution)
     language_model, tokenizer = open_language_model(config.language_model, torch.float32)
+    if not tokenizer.chat_template:
+        print(f"{config.language_model} has no chat template: it gets Vicuna's, as in LLaVA-1.5", file=sys.stderr)
+        tokenizer.chat_template = VICUNA_TEMPLATE
     torch.manual_seed(config.seed)
     vlm = assemble(tower, language_model, tokenizer, config.kind, config.tiles)
     vlm.model.config.use_cache = False
