@@ -216,7 +216,7 @@ CLAIMS: dict[str, Claim] = {
                 for arm, tau in ((U, 0.1), ("noise-0.3", 0.3), ("noise-0.8", 0.8))
             ),
             one_seed=True,
-            note="The paper does not state tau. What noise gains for generation: docs/GENERATION.md.",
+            note="The paper does not state tau. What it gains for generation was not measured.",
         ),
         Claim(
             "clip",
