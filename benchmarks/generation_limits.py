@@ -49,7 +49,7 @@ def main() -> None:
     if not (folder / "prompts.jsonl").is_file():
         raise SystemExit(f"{options.work} has no held-out scenes: run benchmarks/generation_quality.py first")
     rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
-    pictures = torch.stack([torch.from_numpy(np.asarray(Image.open(folder / row["file"]))) for row in rows])
+    pictures = torch.stack([torch.from_numpy(np.array(Image.open(folder / row["file"]))) for row in rows])
     pictures = pictures.permute(0, 3, 1, 2)
     network, classifier = load_effnet_lite0(), load_scene_classifier(options.work / "classifier")
     reference = extract_features(pictures.split(BATCH), network)

@@ -56,7 +56,7 @@ def compare(size: int, folder: Path, cases: list[str], bound: float, steps: bool
             assert error <= bound, f"{size} processes, {text}: {name} differs by {error:.1e}"
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_in_fp64(size: int, folder: Path) -> None:
     compare(size, folder, FP64 + SIGMOID, 1e-9)
 

@@ -123,7 +123,8 @@ def trained(folder: Path, source: str, vae: VAEConfig, num_workers: int) -> tupl
     return seen, rows, [path.read_bytes() for path in sorted((folder / "model").rglob("*.safetensors"))]
 
 
-@pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_training_from_a_flaky_s3_endpoint_is_that_from_disk(
     tars: Path, proxy: FlakyProxy, tmp_path: Path, num_workers: int
 ) -> None:
