@@ -67,9 +67,9 @@ def main() -> None:
         load_generator(options.generator), pictures, [row["prompt"] for row in rows], options.steps, judged
     )
     for name, table in figures.items():
-        print(f"\n| {name} | " + " | ".join(table[0]) + " |\n" + "|---" * (len(table[0]) + 1) + "|")
+        print(f"\n{name}\n\n| " + " | ".join(table[0]) + " |\n" + "|---" * len(table[0]) + "|")
         for row in table:
-            print("| | " + " | ".join(f"{value:.3f}" for value in row.values()) + " |")
+            print("| " + " | ".join(f"{value:.3f}" for value in row.values()) + " |")
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
