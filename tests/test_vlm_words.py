@@ -90,6 +90,15 @@ def test_same_again(vlm):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("captions", [16, 112])  # one step, and the twenty of which a twentieth is one
+def test_few_steps(vlm, captions):
+    tokens, words, _ = pictures(vlm, captions)
+    steps = []
+    config = WordsConfig(samples=captions, epochs=20 if captions > 16 else 1, batch_size=98, commonest=0.9, fewest=1)
+    figures = align(vlm, tokens, words, config, 0, CPU, lambda step, row: steps.append(row["loss"]))
+    assert len(steps) == (20 if captions > 16 else 4) and figures["words"] > 1
+
+
 def test_without_words(vlm):
     tokens, words, _ = pictures(vlm, 32)
     with pytest.raises(OpenVisionError, match="no word is in at least 100 captions"):

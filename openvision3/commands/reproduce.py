@@ -15,6 +15,7 @@ from openvision3.config import OpenVisionError
 if TYPE_CHECKING:
     from openvision3.reproduction.arms import Length, Precision
     from openvision3.reproduction.page import Outcome
+    from openvision3.training.precision import Precision as AnyPrecision
 
 # in place of runs: what a full-size replication of the paper's other ablations would train
 RECIPES = (
@@ -27,18 +28,6 @@ RECIPES = (
     ("omega_und : omega_rec of 1 : 1", "ov3 train b16_1000_200 --loss.omega-rec 1.0 --out runs/omega-1"),
     ("omega_und : omega_rec of 4 : 1", "ov3 train b16_1000_200 --loss.omega-rec 0.25 --out runs/omega-4"),
 )  # fmt: skip
-# generation and questions: the tokens of an encoder trained to understand alone stand for CLIP's
-CLIP = (
-    "python benchmarks/generation_comparison.py runs/generation",
-    *(
-        line
-        for arm in ("unified", "understanding")
-        for line in (
-            f"ov3 vlm train demo --tower runs/generation/{arm}/model --out runs/vlm-{arm}",
-            f"ov3 vlm eval runs/vlm-{arm}/model --suite scenes-vqa --json runs/vlm-{arm}.json",
-        )
-    ),
-)
 
 
 def reproduce(
@@ -47,6 +36,8 @@ def reproduce(
     out: Path = Path("runs/reproduce"),
     seeds: int = 3,
     samples: int = 0,
+    generator_samples: int = 0,
+    questions: int = 0,
     jobs: int = 0,
     device: str = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
@@ -57,11 +48,12 @@ def reproduce(
     """Trains what the claims compare, on scenes, and judges them by stated rules; the same command goes on.
 
     claims: a, b, c, d, noise, clip or all; `list` says what they are. quick: checks the pipeline in minutes, with one
-    seed, and decides nothing. samples: scenes an arm sees; 0: about 6,000. jobs: trainings side by side; 0: one a core
-    (one on a GPU). precision: auto is timed once, for all arms. write: the page, such as docs/REPRODUCTION.md, with its
-    curves beside it.
+    seed, and decides nothing. samples: scenes that an encoder sees, 0 for about 6,000; generator_samples: that a
+    generator sees, 0 for 24,000; questions: of a language model's second stage, 0 for 1,200. jobs: trainings side by
+    side; 0: one a core (one on a GPU). precision: auto is timed once for encoders, once for what is made of them.
+    write: the page, such as docs/REPRODUCTION.md, with its curves beside it.
     """
-    from openvision3.reproduction.arms import QUICK, Length
+    from openvision3.reproduction.arms import ARMS, QUICK, Length
     from openvision3.reproduction.claims import CLAIMS, MOST_SEEDS
     from openvision3.reproduction.page import as_json, chosen_claims, judge, write_page
     from openvision3.reproduction.schedule import jobs as planned
@@ -75,31 +67,34 @@ def reproduce(
             raise OpenVisionError(f"there is no claim {name!r}; there are {', '.join(CLAIMS)}, all and list")
     if not 1 <= seeds <= MOST_SEEDS:
         raise OpenVisionError(f"seeds is {seeds}: expected 1 to {MOST_SEEDS}")
-    if samples < 0 or jobs < 0:
-        raise OpenVisionError(f"samples is {samples} and jobs {jobs}: expected at least 0")
+    given = {"samples": samples, "generator_samples": generator_samples, "questions": questions}
+    for name, value in (*given.items(), ("jobs", jobs)):
+        if value < 0:
+            raise OpenVisionError(f"{name} is {value}: expected at least 0")
     for path in (write, json):
         common.refuse_existing(path, overwrite)
-    if quick and samples:
-        raise OpenVisionError("--quick has its own length: leave out --samples")
-    length = QUICK if quick else Length(samples) if samples else Length()
+    given = {name: value for name, value in given.items() if value}
+    if quick and given:
+        raise OpenVisionError(f"--quick has its own length: leave out --{next(iter(given)).replace('_', '-')}")
+    length = QUICK if quick else Length(**given)
     out = out / "quick" if quick else out
     chosen = chosen_claims(claims)
-    if any(claim.arms for claim in chosen):
-        kind = _device_kind(device)
-        at_once = jobs or (len(os.sched_getaffinity(0)) if kind == "cpu" and hasattr(os, "sched_getaffinity") else 1)
-        wanted = planned(chosen, 1 if quick else seeds, length, out, _precision(out, length, device, precision, quick))
-        run_jobs(wanted, at_once, device, lambda line: print(line, file=sys.stderr, flush=True))
-        found = results(wanted)
-    else:
-        found = {}
+    kinds = {ARMS[arm].kind for claim in chosen for arm in claim.arms}
+    if "questions" in kinds:
+        _can_ask()
+    kind = _device_kind(device)
+    at_once = jobs or (len(os.sched_getaffinity(0)) if kind == "cpu" and hasattr(os, "sched_getaffinity") else 1)
+    of_encoders = _precision(out, length, device, precision, quick)
+    of_uses = _uses_precision(out, device, precision, quick) if kinds > {"encoder"} else "fp32"
+    wanted = planned(chosen, 1 if quick else seeds, length, out, of_encoders, of_uses)
+    run_jobs(wanted, at_once, device, lambda line: print(line, file=sys.stderr, flush=True))
+    found = results(wanted)
     outcomes = [judge(claim, found, quick) for claim in chosen]
     for outcome in outcomes:
         _print(outcome)
-    if any(claim.name == "clip" for claim in chosen):
-        print("\n".join(("clip, by hand:", *(f"  {line}" for line in CLIP))))
     common.write_json(json, as_json(outcomes), overwrite)
     if write is not None:
-        write_page(outcomes, found, write, _command(claims, quick, seeds, samples))
+        write_page(outcomes, found, write, _command(claims, quick, seeds, given))
         print(f"page: {write}")
     return 0
 
@@ -129,7 +124,7 @@ def _precision(out: Path, length: "Length", device: str, wanted: str, quick: boo
     from openvision3.training.setup import build_model, settle_precision
     from openvision3.training.stages import plan
 
-    recorded = recorded_precision(out)
+    recorded = recorded_precision(out, ["encoder"])
     if wanted == "auto" and recorded is not None:
         return recorded
     if wanted != "auto" or quick:
@@ -140,10 +135,44 @@ def _precision(out: Path, length: "Length", device: str, wanted: str, quick: boo
         return "bf16" if settle_precision(config, Path(folder), model, plan(config)[0]) == "bf16" else "fp32"
 
 
-def _command(claims: tuple[str, ...], quick: bool, seeds: int, samples: int) -> str:
+def _uses_precision(out: Path, device: str, wanted: str, quick: bool) -> "Precision":
+    """As `_precision`, for generators and language models, by products of their size."""
+    import torch
+
+    from openvision3.reproduction.schedule import recorded_precision
+    from openvision3.training.precision import autocast, choose_precision, resolve_device
+
+    recorded = recorded_precision(out, ["generation", "questions"])
+    if wanted == "auto" and recorded is not None:
+        return recorded
+    if wanted != "auto" or quick:
+        return "bf16" if wanted == "bf16" else "fp32"
+    place = resolve_device(device)
+    layers = torch.nn.Sequential(*(torch.nn.Linear(576, 576) for _ in range(32))).to(place)
+    rows = torch.randn(1024, 576, device=place)
+
+    def run_step(precision: "AnyPrecision") -> None:
+        with autocast(place, precision):
+            layers(rows).sum().backward()
+
+    return "bf16" if choose_precision("auto", place, run_step) == "bf16" else "fp32"
+
+
+def _can_ask() -> None:
+    """Raises `OpenVisionError` where language models can't be trained here, before anything else is."""
+    try:
+        from openvision3.vlm.language_model import SMOLLM2, open_language_model
+    except ModuleNotFoundError as error:
+        raise OpenVisionError(
+            f"the claim clip needs {error.name}: pip install 'openvision3[vlm]', or leave it out (a b c d noise)"
+        ) from None
+    open_language_model(SMOLLM2)
+
+
+def _command(claims: tuple[str, ...], quick: bool, seeds: int, given: dict[str, int]) -> str:
     words = ["ov3 reproduce", *claims]
-    words += ["--quick"] if quick else [f"--seeds {seeds}", *([f"--samples {samples}"] if samples else [])]
-    return " ".join(words)
+    words += ["--quick"] if quick else [f"--seeds {seeds}"]
+    return " ".join([*words, *(f"--{name.replace('_', '-')} {value}" for name, value in given.items())])
 
 
 def _print(outcome: "Outcome") -> None:

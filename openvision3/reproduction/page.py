@@ -1,7 +1,7 @@
 """docs/REPRODUCTION.md: verdicts, tables and curves, all from the results of the arms."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,36 @@ CURVES = {
     "contrastive": "contrastive loss",
     "gradient_cosine": "cosine of the gradients",
 }
-FIGURES = {  # of the end: heading, name in the results, factor
-    "PSNR, dB": ("reconstruction/psnr", 1),
-    "its VAE alone": ("reconstruction/vae_psnr", 1),
-    "KID": ("reconstruction/KID-EffNetLite0", 1),
-    "zero-shot, %": ("zeroshot/templates_top1", 100),
-    "R@1, %": ("retrieval/image_to_text_r1", 100),
+FIGURES: dict[str, dict[str, tuple[str, float]]] = {  # of the end, by kind of arm: heading, name in the results, factor
+    "encoder": {
+        "PSNR, dB": ("reconstruction/psnr", 1),
+        "its VAE alone": ("reconstruction/vae_psnr", 1),
+        "KID": ("reconstruction/KID-EffNetLite0", 1),
+        "zero-shot, %": ("zeroshot/templates_top1", 100),
+        "R@1, %": ("retrieval/image_to_text_r1", 100),
+    },
+    "generation": {
+        "KID": ("generation/KID-EffNetLite0", 1),
+        "each of the sampler's seeds": ("generation/KID-EffNetLite0, each", 1),
+        "KID, reconstructions": ("generation/reconstructions KID-EffNetLite0", 1),
+        "classifier's top-1, %": ("generation/top1", 100),
+        "each": ("generation/top1, each", 100),
+        "reconstructions": ("generation/reconstructions top1", 100),
+    },
+    "questions": {
+        "presence, random, %": ("questions/presence, random", 100),
+        "95 %": ("questions/presence, random, interval", 100),
+        "blind": ("blind/presence, random", 100),
+        "popular": ("questions/presence, popular", 100),
+        "adversarial": ("questions/presence, adversarial", 100),
+        "relation": ("questions/relation", 100),
+        "count": ("questions/count", 100),
+        "scene": ("questions/scene", 100),
+        "things in captions": ("questions/caption, things found", 100),
+    },
 }
 COLOURS = {"unified": "#0072b2", "understanding": "#d55e00", "reconstruction": "#009e73", "untrained": "#888888",
-           "pixels": "#cc79a7"}  # fmt: skip
+           "pixels": "#cc79a7", "clip": "#56b4e9"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,7 +66,8 @@ def judge(claim: Claim, found: dict[int, dict[str, Result]], quick: bool) -> Out
     checks = []
     for check in claim.checks if seeds else ():
         interval = Interval.of([check.value(seed) for seed in seeds])
-        seen = min(result["config"]["stage1"]["samples"] for result in seeds[0].values())
+        encoders = [result for arm, result in seeds[0].items() if ARMS[arm].kind == "encoder"]
+        seen = min((result["config"]["stage1"]["samples"] for result in encoders), default=0)
         checks.append((check, interval, check.holds(interval, seen)))
     outcomes = [holds for check, _, holds in checks if check.votes]
     return Outcome(claim, len(seeds), tuple(checks), verdict(outcomes, quick))
@@ -101,17 +123,27 @@ def _claim(outcome: Outcome, found: dict[int, dict[str, Result]]) -> list[str]:
                 result = NOT_DECIDED
             rows.append((check.words, f"{interval.mean:.4g}", between, each, f"{check.side} {check.bound:g}", result))
         parts.append(_table(("check", "mean", "95 % interval", "each seed", "rule", "result"), rows))
-    if claim.arms:
-        parts.append(_table(("arm", "", *FIGURES), [_arm_row(arm, claim, found) for arm in claim.arms]))
+    for kind, figures in FIGURES.items():
+        arms = [arm for arm in claim.arms if ARMS[arm].kind == kind]
+        if arms:
+            parts.append(_table(("arm", "", *figures), [_arm_row(arm, claim, found) for arm in arms]))
     return parts
 
 
 def _arm_row(arm: str, claim: Claim, found: dict[int, dict[str, Result]]) -> tuple[str, ...]:
     of_arm = [seed[arm]["figures"] for seed in by_seed(found, claim)]
     cells = [
-        _spread([figures[name] * unit for figures in of_arm if name in figures]) for name, unit in FIGURES.values()
+        _cell([figures[name] for figures in of_arm if figures.get(name) is not None], unit)
+        for name, unit in FIGURES[ARMS[arm].kind].values()
     ]
     return (arm, ARMS[arm].words, *cells)
+
+
+def _cell(values: Sequence[Any], unit: float) -> str:
+    """A figure of each seed; one that is itself several numbers is listed."""
+    if values and isinstance(values[0], list):
+        return "; ".join(", ".join(f"{unit * number:.4g}" for number in value) for value in values)
+    return _spread([unit * value for value in values])
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -122,14 +154,14 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _how(found: dict[int, dict[str, Result]]) -> str:
-    every = [result for arms in found.values() for result in arms.values()]
+    every = [result for arms in found.values() for arm, result in arms.items() if ARMS[arm].kind == "encoder"]
     if not every:
         return "No training is finished."
     config, environment = every[0]["config"], every[0]["environment"]
     stage, scenes = config["stage1"], config["data"]["scenes"]
     rates = sorted(result["samples_per_second"] for result in every)
-    return (
-        f"Each arm is the recipe `demo`, shortened to {stage['samples']:,} scenes of {scenes['num_names']} named "
+    said = (
+        f"Each encoder is the recipe `demo`, shortened to {stage['samples']:,} scenes of {scenes['num_names']} named "
         f"things at {stage['resolution']} px, in {config['precision']}, with {config['loss']['omega_rec']:g} : "
         f"{config['loss']['omega_und']:g} for omega_rec : omega_und. Arms of one seed "
         f"see the same scenes in the same order, and differ in one thing. Losses: {config['meter_samples']} held-out "
@@ -138,6 +170,39 @@ def _how(found: dict[int, dict[str, Result]]) -> str:
         f"of {environment['threads']} thread(s), each at {rates[0]:.0f} to {rates[-1]:.0f} samples a second, torch "
         f"{environment['packages'].get('torch', '')}, {environment['platform']}."
     )
+    return "\n\n".join((said, *_uses(found)))
+
+
+def _uses(found: dict[int, dict[str, Result]]) -> Iterator[str]:
+    """How generators and language models were trained and measured."""
+    of_kind = {
+        kind: [result for arms in found.values() for arm, result in arms.items() if ARMS[arm].kind == kind]
+        for kind in ("generation", "questions", "classifier")
+    }
+    hours = {kind: sum(result["seconds"] for result in results) / 3600 for kind, results in of_kind.items()}
+    if of_kind["generation"]:
+        recipe = of_kind["generation"][0]["config"]
+        train, sampler = recipe["train"], recipe["sampler"]
+        judge = next((r["figures"]["classifier/top1"] for r in of_kind["classifier"]), None)
+        classifier = "" if judge is None else f" (right in {100 * judge:.1f} % of other held-out scenes)"
+        yield (
+            f"Each generator is the embedded one's network and rates, by class in place of captions: "
+            f"{train['samples']:,} scenes of one thing, {train['draws']} times and noises each, in "
+            f"{train['precision']}; {recipe['pictures']} pictures of each of {recipe['sampler_seeds']} seeds, "
+            f"{sampler['steps']} steps of {sampler['solver'].capitalize()}, guidance {sampler['guidance']:g}, for the "
+            f"classes of as many held-out scenes. KID is EfficientNet-Lite0's, unbiased. The classifier sees pixels "
+            f"alone{classifier}. {len(of_kind['generation'])} trainings, {hours['generation']:.1f} hours."
+        )
+    if of_kind["questions"]:
+        train = of_kind["questions"][0]["config"]["train"]
+        asked = of_kind["questions"][0]["config"]["asked"]
+        yield (
+            f"Each language model is SmolLM2-135M-Instruct by the recipe of `ov3 vlm train demo`, shortened: "
+            f"{train['words']['samples']:,} captions' words, {train['stage1']['samples']:,} scenes, then "
+            f"{train['stage2']['samples']:,} with questions, in {train['precision']}. Figures are `scenes-vqa`'s of "
+            f"{asked} scenes of each kind, Wilson's interval; counts' chance is 25 %, that of yes and no 50 %. "
+            f"{len(of_kind['questions'])} trainings, {hours['questions']:.1f} hours."
+        )
 
 
 def mean_curve(results: Iterable[Result], name: str) -> list[tuple[int, float]]:
@@ -153,7 +218,8 @@ def mean_curve(results: Iterable[Result], name: str) -> list[tuple[int, float]]:
 
 
 def _by_arm(found: dict[int, dict[str, Result]]) -> dict[str, list[Result]]:
-    arms = {arm: [seed[arm] for seed in found.values() if arm in seed] for arm in ARMS if not arm.startswith("noise")}
+    drawn = [arm.name for arm in ARMS.values() if arm.kind == "encoder" and not arm.name.startswith("noise")]
+    arms = {arm: [seed[arm] for seed in found.values() if arm in seed] for arm in drawn}
     return {arm: results for arm, results in arms.items() if results}
 
 

@@ -4,18 +4,35 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from openvision3.config import OpenVisionError, TrainConfig, differences, from_dict, load_json, save_json
 from openvision3.reproduction.arm import RECIPE, finished
-from openvision3.reproduction.arms import Length, Precision, arm_config
+from openvision3.reproduction.arms import (
+    ARMS,
+    CLASSIFIER,
+    RECIPES,
+    ClassifierRecipe,
+    GenerationRecipe,
+    Kind,
+    Length,
+    Precision,
+    QuestionsRecipe,
+    Recipe,
+    folder_of,
+    recipe,
+)
 from openvision3.reproduction.claims import Claim, Result
 from openvision3.training.run_folder import RunInterrupted, StopRequest
 
 POLL = 1.0  # seconds
 LOG = "log.txt"
+# seconds of a core that a sample takes, about: by them a share of the whole is told
+COST: dict[Kind, float] = {"encoder": 0.03, "generation": 0.03, "questions": 1.2, "classifier": 0.004}
+WHERE = ("out", "train.out", "train.model", "train.tower", "classifier")  # fields that follow from the folder
 
 
 @dataclass(frozen=True)
@@ -24,32 +41,61 @@ class Job:
 
     arm: str
     seed: int
-    config: TrainConfig
+    recipe: Recipe
 
     @property
     def folder(self) -> Path:
-        return Path(self.config.out)
+        return Path(self.recipe.out)
+
+    @property
+    def kind(self) -> Kind:
+        return ARMS[self.arm].kind
+
+    @property
+    def needs(self) -> list[Path]:
+        """The folders of the arms that must be finished before it begins."""
+        return [folder_of(self.folder.parent, arm, self.seed) for arm in ARMS[self.arm].needs]
+
+    def samples(self) -> int:
+        """Samples of its training; of a language model's, those of its second stage."""
+        match self.recipe:
+            case TrainConfig():
+                return self.recipe.stage1.samples
+            case QuestionsRecipe():
+                return self.recipe.train.stage2.samples
+            case GenerationRecipe():
+                return self.recipe.train.samples
+            case ClassifierRecipe():
+                return self.recipe.samples
 
     def seen(self) -> int:
         """Samples that its metrics tell of."""
+        stage = "stage2" if self.kind == "questions" else ""
         try:
-            rows = (self.folder / "metrics.jsonl").read_text().splitlines()
+            rows = (self.folder / stage / "metrics.jsonl").read_text().splitlines()
         except FileNotFoundError:
             return 0
         marks = (row.partition('"samples_seen": ')[2].partition(",")[0] for row in reversed(rows))
         return next((int(mark) for mark in marks if mark.isdigit()), 0)
 
 
-def jobs(claims: Sequence[Claim], seeds: int, length: Length, out: Path, precision: Precision) -> list[Job]:
-    """The arms that the claims take, each once, seed by seed; those of one-seed claims with seed 0 alone."""
-    every = {arm for claim in claims if not claim.one_seed for arm in claim.arms}
-    needed = {arm: None for claim in claims for arm in claim.arms}  # in order
+def jobs(
+    claims: Sequence[Claim], seeds: int, length: Length, out: Path, precision: Precision, uses: Precision = "fp32"
+) -> list[Job]:
+    """The arms that the claims take, and those they need, each once, seed by seed; of one-seed claims seed 0 alone."""
+    every = set(_with_needs(arm for claim in claims if not claim.one_seed for arm in claim.arms))
+    needed = _with_needs(arm for claim in claims for arm in claim.arms)
     return [
-        Job(arm, seed, arm_config(arm, seed, length, out / f"{arm}-seed{seed}", precision))
+        Job(arm, seed, recipe(arm, seed, length, out, precision, uses))
         for seed in range(seeds)
-        for arm in needed
-        if seed == 0 or arm in every
+        for arm in sorted(needed, key=lambda arm: bool(ARMS[arm].needs))  # those that others need come first
+        if seed == 0 or (arm in every and arm != CLASSIFIER)
     ]
+
+
+def _with_needs(arms: Iterable[str]) -> list[str]:
+    """Arms with those that they need, each once, in order."""
+    return list(dict.fromkeys(name for arm in arms for name in (*ARMS[arm].needs, arm)))
 
 
 def results(wanted: Sequence[Job]) -> dict[int, dict[str, Result]]:
@@ -58,16 +104,18 @@ def results(wanted: Sequence[Job]) -> dict[int, dict[str, Result]]:
     for job in wanted:
         result = finished(job.folder)
         if result is not None:
-            _refuse_other(job, from_dict(TrainConfig, result["config"], str(job.folder / "result.json")))
+            _refuse_other(job, from_dict(RECIPES[job.kind], result["config"], str(job.folder / "result.json")))
             found.setdefault(job.seed, {})[job.arm] = result
     return found
 
 
-def recorded_precision(out: Path) -> Precision | None:
-    """That of the arms in a folder, which those to come must share; None: there are none yet."""
-    for path in sorted(out.glob(f"*-seed*/{RECIPE}")):
-        precision = load_json(TrainConfig, path).precision
-        return "bf16" if precision == "bf16" else "fp32"
+def recorded_precision(out: Path, kinds: Sequence[Kind]) -> Precision | None:
+    """That of the arms of these kinds in a folder, which those to come must share; None: there are none yet."""
+    for arm in (arm for arm in ARMS.values() if arm.kind in kinds):
+        for path in sorted(out.glob(f"{arm.name}-seed*/{RECIPE}")):
+            found: Any = load_json(RECIPES[arm.kind], path)
+            precision = (found if isinstance(found, TrainConfig) else found.train).precision
+            return "bf16" if precision == "bf16" else "fp32"
     return None
 
 
@@ -83,17 +131,17 @@ def run_jobs(wanted: Sequence[Job], at_once: int, device: str, say: Callable[[st
         say(f"{kept} of {len(wanted)} trainings are done already")
     for job in waiting:
         if (job.folder / RECIPE).exists():
-            _refuse_other(job, load_json(TrainConfig, job.folder / RECIPE))
+            _refuse_other(job, load_json(RECIPES[job.kind], job.folder / RECIPE))
     threads = max(1, len(os.sched_getaffinity(0)) // at_once) if hasattr(os, "sched_getaffinity") else 1
     running: dict[str, tuple[Job, subprocess.Popen[bytes]]] = {}
-    total, before = sum(job.config.stage1.samples for job in waiting), sum(job.seen() for job in waiting)
-    started = last = time.monotonic()
+    before, started = _work_done(waiting), time.monotonic()
+    last = started
     queue = list(waiting)
     with StopRequest() as stop:
         try:
             while (queue or running) and not stop:
-                while queue and len(running) < at_once:
-                    job = queue.pop(0)
+                while len(running) < at_once and (job := _next(queue)) is not None:
+                    queue.remove(job)
                     running[str(job.folder)] = job, _start(job, device, threads)
                 for name, (job, process) in list(running.items()):
                     if (code := process.poll()) is not None:
@@ -103,7 +151,7 @@ def run_jobs(wanted: Sequence[Job], at_once: int, device: str, say: Callable[[st
                         say(f"done: {job.arm}, seed {job.seed}")
                 if time.monotonic() - last >= 20:
                     last = time.monotonic()
-                    say(_progress(waiting, total, before, last - started))
+                    say(_progress(waiting, [job for job, _ in running.values()], before, last - started))
                 time.sleep(POLL if running else 0)
         finally:
             for _, process in running.values():
@@ -114,18 +162,23 @@ def run_jobs(wanted: Sequence[Job], at_once: int, device: str, say: Callable[[st
             raise RunInterrupted("stopped, with all saved; the same command goes on from there", stop.signal_number)
 
 
+def _next(queue: Sequence[Job]) -> Job | None:
+    """The first that can begin; None: those that are running must end first, or nothing is left."""
+    return next((job for job in queue if all(finished(folder) is not None for folder in job.needs)), None)
+
+
 def _start(job: Job, device: str, threads: int) -> "subprocess.Popen[bytes]":
     job.folder.mkdir(parents=True, exist_ok=True)
-    save_json(job.config, job.folder / RECIPE)
-    command = [sys.executable, "-m", "openvision3.reproduction.arm", str(job.folder), device]
+    save_json(job.recipe, job.folder / RECIPE)
+    command = [sys.executable, "-m", "openvision3.reproduction.arm", str(job.folder), job.kind, device]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with (job.folder / LOG).open("ab") as log:
         # a session of its own: a terminal's Ctrl-C reaches it through this process alone
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
 
-def _refuse_other(job: Job, recipe: TrainConfig) -> None:
-    changed = [name for name, _, _, _ in differences(recipe, replace(job.config, out=recipe.out))]
+def _refuse_other(job: Job, found: Recipe) -> None:
+    changed = [name for name, _, _, _ in differences(found, job.recipe) if name not in WHERE]
     if changed:
         raise OpenVisionError(
             f"{job.folder} was begun with another {', '.join(changed)}: choose another folder (--out), or the same "
@@ -139,11 +192,17 @@ def _reason(job: Job, code: int) -> str:
     return f"{job.arm}, seed {job.seed}: {said or f'exit code {code}'} (see {job.folder / LOG})"
 
 
-def _progress(waiting: Sequence[Job], total: int, before: int, seconds: float) -> str:
-    seen = sum(job.seen() for job in waiting)
-    rate = (seen - before) / seconds
-    left = f", {(total - seen) / rate / 60:.0f} min left" if rate > 0 else ""
-    return f"{seen:,} of {total:,} scenes, {rate:.0f}/s{left}"
+def _work_done(waiting: Sequence[Job]) -> float:
+    """Seconds of a core, about, of what is done."""
+    done = (job.samples() if finished(job.folder) else min(job.seen(), job.samples()) for job in waiting)
+    return sum(COST[job.kind] * samples for job, samples in zip(waiting, done, strict=True))
+
+
+def _progress(waiting: Sequence[Job], running: Sequence[Job], before: float, seconds: float) -> str:
+    total, done = sum(COST[job.kind] * job.samples() for job in waiting), _work_done(waiting)
+    now = ", ".join(f"{job.arm} seed {job.seed} {job.seen():,}/{job.samples():,}" for job in running)
+    left = f"about {(total - done) * seconds / (done - before) / 60:.0f} min left; " if done > before else ""
+    return f"{100 * done / total:.0f} %, {left}{now}"
 
 
 def by_seed(found: dict[int, dict[str, Result]], claim: Claim) -> Iterator[dict[str, Result]]:

@@ -199,10 +199,12 @@ def align(
 
     held = min(_HELD_OUT, len(words) // 8)
     learned = held + said[held:].any(dim=1).nonzero()[:, 0]
-    steps = max(1, config.epochs * len(learned) // config.batch_size)
+    steps = max(4, config.epochs * len(learned) // config.batch_size)  # the rate's rise takes at least two
     groups = [{"params": list(learner.parameters()), "weight_decay": 0.05}, {"params": [scale], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.peak_lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.peak_lr, total_steps=steps, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.peak_lr, total_steps=steps, pct_start=max(0.05, 2 / steps)
+    )
     waiting = torch.empty(0, dtype=torch.long)
     for step in range(1, steps + 1):
         while len(waiting) < config.batch_size:
