@@ -12,6 +12,7 @@ from test_generation_train import SMALL
 from test_shared_runs import finish, start
 
 from openvision3 import cli
+from openvision3.commands.generate_sample import unlearned
 from openvision3.config import VAEConfig
 from openvision3.generation.config import GeneratorConfig
 from openvision3.generation.dit import DiT
@@ -58,6 +59,21 @@ def sample(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str]
     err = capsys.readouterr().err
     assert "Traceback" not in err
     return code, err
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (["a lion by the water", "two big lions"], ""),
+        (["a panda on a beach", "a lion"], "never saw 'panda'; it was trained on scenes of 2 things"),
+        (["five o'clock"], 'never saw "five o\'clock"'),
+        ([f"a {name}" for name in ("panda", "car", "rainbow", "temple")], "'panda', 'car', 'rainbow', ...; it"),
+    ],
+)
+def test_prompts_beyond_what_was_learned_are_named(texts: list[str], said: str) -> None:
+    found = unlearned(("lion", "apple"), texts)
+    assert (said in found and found.count("\n") == 0) if said else not found
+    assert not unlearned((), texts), "nothing is known of other data"
 
 
 def pictures(folder: Path) -> list[np.ndarray]:

@@ -77,7 +77,8 @@ def test_a_run_leaves_all_that_it_should(run: Path) -> None:
     assert [path.name for path in checkpoints(run / "checkpoints")] == ["step_3", "step_6"]
     assert (run / "samples" / "step_6.png").is_file()
     assert {p.name for p in (run / "generator").iterdir()} == {"config.json", "generator.safetensors", "README.md"}
-    assert read_description(run / "generator").text_fingerprint
+    description = read_description(run / "generator")
+    assert description.text_fingerprint and len(description.names) == 20
 
 
 def test_a_resumed_run_ends_as_an_unbroken_one(run: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ def sample(options: Annotated[SampleOptions, tyro.conf.arg(name="")] = SampleOpt
         sampler = chosen_sampler(options, generator)
         wanted = wanted_pictures(options, generator)
         world.agree(lambda: begin(options, generator, sampler, wanted))
+        if world.rank == 0 and (said := unlearned(generator.description.names, [item.text for item in wanted])):
+            print(said, file=sys.stderr)
         draw(options, generator, sampler, wanted, world)
         world.gather_objects(None)  # all have written theirs
         if world.rank == 0:
@@ -129,6 +132,25 @@ def wanted_pictures(options: SampleOptions, generator: "Generator") -> list[Want
     if len(wanted) > MAX_PICTURES:
         raise OpenVisionError(f"{len(wanted):,} pictures are too many for one command: at most {MAX_PICTURES:,}")
     return wanted
+
+
+def unlearned(names: Sequence[str], texts: Sequence[str]) -> str:
+    """One line on the prompts that name nothing, or other things, than what a generator of scenes has seen; or ""."""
+    from openvision3.data import grammar
+
+    if not names:
+        return ""
+    unknown: dict[str, None] = {}
+    for text in dict.fromkeys(texts):
+        things = grammar.parse(text).things
+        unknown |= dict.fromkeys([name for name in things if name not in names] if things else [text])
+    if not unknown:
+        return ""
+    first = ", ".join(repr(what[:80]) for what in list(unknown)[:3]) + (", ..." if len(unknown) > 3 else "")
+    return (
+        f"note: this generator never saw {first}; it was trained on scenes of {len(names)} things (`names` in its "
+        f"config.json: {', '.join(names[:3])}, ...), and draws something else for others"
+    )
 
 
 def class_prompt(name: str) -> str:

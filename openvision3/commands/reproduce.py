@@ -49,7 +49,7 @@ def reproduce(
 
     claims: a, b, c, d, noise, clip or all; `list` says what they are. quick: checks the pipeline in minutes, with one
     seed, and decides nothing. samples: scenes that an encoder sees, 0 for about 6,000; generator_samples: that a
-    generator sees, 0 for 24,000; questions: of a language model's second stage, 0 for 1,200. jobs: trainings side by
+    generator sees, 0 for 24,000; questions: of a language model's second stage, 0 for 2,400. jobs: trainings side by
     side; 0: one a core (one on a GPU). precision: auto is timed once for encoders, once for what is made of them.
     write: the page, such as docs/REPRODUCTION.md, with its curves beside it.
     """

@@ -42,6 +42,7 @@ class Description:
     classes: tuple[str, ...] = ()
     steps: int = 50  # of the sampler, unless asked otherwise
     guidance: float = 1.0  # of the sampler, unless asked otherwise; 1: none
+    names: tuple[str, ...] = ()  # of the things in the scenes that it was trained on; empty: it was others' pictures
     format_version: int = FORMAT_VERSION
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from openvision3.config import OpenVisionError
+from openvision3.data import demo
 from openvision3.data.batches import Batch
 from openvision3.distributed import World
 from openvision3.generation import gather
@@ -375,4 +376,14 @@ def describe(config: GeneratorTrainConfig, space: PictureSpace) -> Description:
     """What the generator's folder says of it; a folder of the frozen model by its absolute path."""
     model = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
     text = text_fingerprint(space.model) if config.generator.condition == "text" else ""
-    return Description(config.generator, model, config.space, space.resolution, space.fingerprint, text, config.classes)
+    data = config.data
+    return Description(
+        config.generator,
+        model,
+        config.space,
+        space.resolution,
+        space.fingerprint,
+        text,
+        config.classes,
+        names=tuple(demo.names(data.scenes.num_names)) if data.sources == ("demo",) else (),
+    )

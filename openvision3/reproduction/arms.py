@@ -34,12 +34,12 @@ class Length:
     meter_samples: int = 192  # held-out scenes of the curves
     eval_samples: int = 500  # scenes of `scenes-v1` with the arms' own distribution, at the end
     generator_samples: int = 24_000  # scenes of a generator, each with several times and noises
-    generated: int = 400  # pictures of each of the sampler's seeds, and held-out scenes to compare them with
+    generated: int = 300  # pictures of each of the sampler's seeds, and held-out scenes to compare them with
     sampler_seeds: int = 3
     classifier_samples: int = 40_000
     words: int = 4_000  # captions that a projector learns words from
     captions: int = 192  # scenes of a language model's first stage
-    questions: int = 1_200  # scenes of its second
+    questions: int = 2_400  # scenes of its second
     asked: int = 100  # held-out scenes of each kind of question
 
     def __post_init__(self) -> None:
@@ -223,7 +223,7 @@ def _generation_recipe(
 ) -> GenerationRecipe:
     """The embedded generator's network and rates, by class in place of captions, so that no text tower has a say."""
     base = generators.demo_generator()
-    side, batch = RESOLUTION // 16, 48
+    side, batch = RESOLUTION // 16, 24
     samples = -(-length.generator_samples // batch) * batch
     train = replace(
         base,
@@ -239,6 +239,7 @@ def _generation_recipe(
         resolution=RESOLUTION,
         samples=samples,
         batch_size=batch,
+        draws=6,  # rendering and the frozen encoder take a quarter of a step with three
         warmup_samples=samples // 20,
         decay_samples=samples // 3,
         statistics_samples=min(base.statistics_samples, samples),
@@ -250,7 +251,7 @@ def _generation_recipe(
         keep_checkpoints=1,
     )  # fmt: skip
     classifier = str(folder_of(out, CLASSIFIER, seed))
-    sampler = SamplerConfig(steps=20, guidance=2.0)
+    sampler = SamplerConfig(steps=15, guidance=4.0)
     return GenerationRecipe(train, length.generated, sampler, length.sampler_seeds, classifier)
 
 

@@ -37,13 +37,14 @@ FIGURES: dict[str, dict[str, tuple[str, float]]] = {  # of the end, by kind of a
     "questions": {
         "presence, random, %": ("questions/presence, random", 100),
         "95 %": ("questions/presence, random, interval", 100),
-        "blind": ("blind/presence, random", 100),
+        "blind, presence": ("blind/presence, random", 100),
         "popular": ("questions/presence, popular", 100),
         "adversarial": ("questions/presence, adversarial", 100),
         "relation": ("questions/relation", 100),
         "count": ("questions/count", 100),
         "scene": ("questions/scene", 100),
-        "things in captions": ("questions/caption, things found", 100),
+        "things found in captions": ("questions/caption, things found", 100),
+        "blind, in captions": ("blind/caption, things found", 100),
     },
 }
 COLOURS = {"unified": "#0072b2", "understanding": "#d55e00", "reconstruction": "#009e73", "untrained": "#888888",

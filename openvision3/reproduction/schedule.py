@@ -31,7 +31,7 @@ from openvision3.training.run_folder import RunInterrupted, StopRequest
 POLL = 1.0  # seconds
 LOG = "log.txt"
 # seconds of a core that a sample takes, about: by them a share of the whole is told
-COST: dict[Kind, float] = {"encoder": 0.03, "generation": 0.03, "questions": 1.2, "classifier": 0.004}
+COST: dict[Kind, float] = {"encoder": 0.03, "generation": 0.06, "questions": 1.0, "classifier": 0.01}
 WHERE = ("out", "train.out", "train.model", "train.tower", "classifier")  # fields that follow from the folder
 
 
@@ -88,7 +88,8 @@ def jobs(
     return [
         Job(arm, seed, recipe(arm, seed, length, out, precision, uses))
         for seed in range(seeds)
-        for arm in sorted(needed, key=lambda arm: bool(ARMS[arm].needs))  # those that others need come first
+        # those that others need come first, then the longest
+        for arm in sorted(needed, key=lambda arm: (bool(ARMS[arm].needs), -COST[ARMS[arm].kind]))
         if seed == 0 or (arm in every and arm != CLASSIFIER)
     ]
 
