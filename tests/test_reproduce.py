@@ -113,7 +113,9 @@ def used(arm: str) -> dict[str, Any]:
         **{f"questions/{name}": 0.9 - worse for name in questions},
         **{f"questions/{name}, interval": [0.8, 0.95] for name in questions},
         **{f"blind/{name}": None if name == "scene" else 0.5 for name in questions},
-        "questions/caption, things found": 0.4,
+        "questions/things": 0.4 - worse,
+        "questions/things, interval": [0.25, 0.5],
+        "blind/things": 0.05,
     }
 
 
@@ -168,7 +170,9 @@ def test_page_from_fixed_results(tmp_path: Path) -> None:
     assert "(REPRODUCTION.svg)" in text and "<svg" in (tmp_path / "REPRODUCTION.svg").read_text()
     assert text.count("**supported at demo size**") == 8 and "nan" not in text.lower()
     assert "| generation-clip | a generator of the tokens of `clip` | 0.3 | 0.29, 0.31 | 0.05 | 50 | 50 | 90 |" in text
-    assert "| questions-clip | a language model that sees the tokens of `clip` | 80 | 80, 95 | 50 | 80 |" in text
+    assert (
+        "| questions-clip | a language model that sees the tokens of `clip` | 30 | 25, 50 | 5 | 80 | 80, 95 |" in text
+    )
     assert "| KID of generated pictures, unified less CLIP-style | -0.1 | one seed | -0.1 | below 0 | open |" in text
     assert "right in 95.0 % of other held-out scenes" in text and "24,000 scenes of one thing" in text
     for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):

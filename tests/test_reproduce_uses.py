@@ -104,6 +104,8 @@ def test_questions_are_trained_and_asked(encoder: str, tmp_path: Path, monkeypat
     assert seen["num"] == 4 and not seen["blind"] and json.loads((folder / "blind.json").read_text())["blind"]
     assert figures["questions/presence, random"] == seen["presence"]["random"]["accuracy"]
     assert figures["questions/count, interval"] == list(seen["count"]["interval"]) and "blind/relation" in figures
+    low, high = figures["questions/things, interval"]
+    assert low <= figures["questions/things"] == seen["caption"]["recall"] <= high
     assert not (folder / "model").exists() and (folder / "adapter" / "adapter.json").exists()
     before = load_file(folder / "adapter" / "adapter.safetensors")
 

@@ -11,7 +11,8 @@ from openvision3.reproduction.arms import QuestionsRecipe
 from openvision3.training.precision import resolve_device
 from openvision3.vlm.folder import load_vlm
 from openvision3.vlm.lora import DESCRIPTION
-from openvision3.vlm.scenes_vqa import scenes_vqa
+from openvision3.vlm.scenes_questions import ask_all
+from openvision3.vlm.scenes_vqa import scenes_vqa, wilson
 from openvision3.vlm.train import train
 
 ANSWERS = {False: "answers.json", True: "blind.json"}  # every question, as `ov3 vlm eval --json` has them
@@ -27,22 +28,28 @@ def run_questions(recipe: QuestionsRecipe, folder: Path, device: str) -> dict[st
         train(recipe.train, device)
     shutil.rmtree(folder / "model", ignore_errors=True)
     vlm = load_vlm(str(adapter), resolve_device(device))
+    captions = [question for question in ask_all(recipe.asked, recipe.scenes) if question.kind == "caption"]
+    things = sum(len(question.scene.things) for question in captions)
     figures: dict[str, Any] = {}
     for blind, name in ANSWERS.items():
         if not (folder / name).exists():
             found = scenes_vqa(vlm, recipe.asked, blind, config=recipe.scenes)
             with whole_file(folder / name) as path:
                 path.write_text(json.dumps(found, indent=1) + "\n")
-        figures |= flat(json.loads((folder / name).read_text()), "blind" if blind else "questions")
+        figures |= flat(json.loads((folder / name).read_text()), "blind" if blind else "questions", things)
     return {"figures": figures, "samples_per_second": median_rate(folder / "stage2" / "metrics.jsonl")}
 
 
-def flat(found: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """The accuracies of an evaluation with their intervals, as prefix/KIND."""
+def flat(found: dict[str, Any], prefix: str, things: int) -> dict[str, Any]:
+    """The accuracies of an evaluation with their intervals, as prefix/KIND; `things`: those that captions should name.
+
+    "prefix/things" is the part of them that captions name.
+    """
     parts = {f"presence, {kind}": part for kind, part in found["presence"].items()}
     parts |= {kind: found[kind] for kind in ("relation", "count", "scene", "caption")}
     figures: dict[str, Any] = {f"{prefix}/{kind}": part["accuracy"] for kind, part in parts.items()}
     figures |= {f"{prefix}/{kind}, interval": part["interval"] for kind, part in parts.items()}
-    figures[f"{prefix}/caption, things found"] = found["caption"]["recall"]
+    recall = found["caption"]["recall"]
+    figures |= {f"{prefix}/things": recall, f"{prefix}/things, interval": wilson(round(recall * things), things)}
     figures[f"{prefix}/errors"] = found["errors"]["number"]
     return figures
