@@ -317,6 +317,16 @@ def test_wrong_usage_is_one_line(arguments: list[str], said: str, capsys: pytest
     assert said in capsys.readouterr().err
 
 
+def test_without_transformers_clip_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    assert main(["reproduce", "all", "--quick", "--out", str(tmp_path / "runs")]) == 2
+    said = capsys.readouterr().err
+    assert "needs transformers: pip install 'openvision3[vlm]', or leave it out" in said and said.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
 def test_commands_that_are_listed_are_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "list"]) == 0
     listed = capsys.readouterr().out

@@ -1,6 +1,7 @@
 """`ov3 reproduce CLAIM`: the paper's claims at laptop size, from trainings to verdicts."""
 
 import dataclasses
+import importlib.util
 import os
 import sys
 import tempfile
@@ -160,13 +161,14 @@ def _uses_precision(out: Path, device: str, wanted: str, quick: bool) -> "Precis
 
 def _can_ask() -> None:
     """Raises `OpenVisionError` where language models can't be trained here, before anything else is."""
-    try:
-        from openvision3.vlm.language_model import SMOLLM2, open_language_model
-    except ModuleNotFoundError as error:
-        raise OpenVisionError(
-            f"the claim clip needs {error.name}: pip install 'openvision3[vlm]', or leave it out (a b c d noise)"
-        ) from None
-    open_language_model(SMOLLM2)
+    for library in ("transformers", "accelerate", "gguf"):
+        if importlib.util.find_spec(library) is None:
+            raise OpenVisionError(
+                f"the claim clip needs {library}: pip install 'openvision3[vlm]', or leave it out (a b c d noise)"
+            )
+    from openvision3.vlm.language_model import SMOLLM2, open_language_model
+
+    open_language_model(SMOLLM2)  # fetched where it is not there yet
 
 
 def _command(claims: tuple[str, ...], quick: bool, seeds: int, given: dict[str, int]) -> str:
