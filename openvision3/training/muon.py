@@ -6,6 +6,8 @@ is Moonlight's, arXiv 2502.16982, section 2.2.
 """
 
 from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,10 +87,22 @@ class MuonWithAdamW(torch.optim.Optimizer):
         )
 
 
+@cache
+def _amx() -> bool:
+    """Whether the processor has tiles for products in bf16 (Linux)."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+
+
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """(N, m, n) -> near the nearest semi-orthogonal matrix of each, singular values within about [0.7, 1.2], bf16."""
+    """(N, m, n) -> near the nearest semi-orthogonal matrix of each, singular values within about [0.7, 1.2].
+
+    In bf16, as its source; in fp32 on CPUs without AMX, whose products in bf16 are slower.
+    """
     a, b, c = _COEFFICIENTS
-    x = matrices.bfloat16()
+    x = matrices.to(torch.float32 if matrices.is_cpu and not _amx() else torch.bfloat16)
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
