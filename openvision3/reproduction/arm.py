@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from openvision3.config import OpenVisionError, TrainConfig, load_json, to_dict
+from openvision3.config import OpenVisionError, TrainConfig, load_json
 from openvision3.data.demo import BENCHMARK
 from openvision3.files import whole_file
 from openvision3.model.openvision3 import OpenVision3
@@ -67,7 +67,6 @@ def run_encoder(config: TrainConfig, folder: Path, device: str) -> dict[str, Any
     train(config, device, evaluate)
     records = folder / "metrics.jsonl"
     return {
-        "config": to_dict(config),
         "figures": next(row for row in reversed(read_records(records, "eval")) if row["step"] == last),
         "meter": read_records(records, "meter"),
         "samples_per_second": median_rate(records),
