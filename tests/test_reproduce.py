@@ -309,7 +309,7 @@ def test_quick_is_wired_from_command_to_page(
         (["a", "--samples", "64"], "an arm needs at least 128"),
         (["a", "--quick", "--samples", "640"], "leave out --samples"),
         (["clip", "--generator-samples", "-1"], "generator_samples is -1"),
-        (["clip", "--questions", "5"], "questions is 5: expected at least 64"),
+        (["clip", "--questions", "5"], "questions is 5: expected at least 16"),
     ],
 )
 def test_wrong_usage_is_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,14 +45,14 @@ class Length:
     def __post_init__(self) -> None:
         if self.samples < 2 * BATCH:
             raise OpenVisionError(f"samples is {self.samples}: an arm needs at least {2 * BATCH}, two batches")
-        for name in ("generator_samples", "questions"):
-            if (value := getattr(self, name)) < BATCH:
-                raise OpenVisionError(f"{name} is {value}: expected at least {BATCH}")
+        for name, least in (("generator_samples", BATCH), ("questions", 16)):
+            if (value := getattr(self, name)) < least:
+                raise OpenVisionError(f"{name} is {value}: expected at least {least}")
 
 
 QUICK = Length(
     samples=192, points=2, meter_samples=32, eval_samples=48, generator_samples=96, generated=16, sampler_seeds=1,
-    classifier_samples=128, words=256, captions=16, questions=64, asked=4,
+    classifier_samples=128, words=256, captions=16, questions=16, asked=4,
 )  # fmt: skip
 
 
