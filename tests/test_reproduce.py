@@ -225,6 +225,8 @@ def test_an_arm_waits_for_what_it_needs(tmp_path: Path) -> None:
     last = planned[-1]
     assert [folder.name for folder in last.needs] == ["noise-0.8-seed0", "classifier"]
     assert schedule._next([last]) is None
+    with pytest.raises(OpenVisionError, match="what it needs is neither finished"):
+        schedule.run_jobs([last], 1, "cpu", lambda _: None)
     for folder in last.needs:
         folder.mkdir()
         (folder / "result.json").write_text("{}")

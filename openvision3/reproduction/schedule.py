@@ -144,6 +144,8 @@ def run_jobs(wanted: Sequence[Job], at_once: int, device: str, say: Callable[[st
                 while len(running) < at_once and (job := _next(queue)) is not None:
                     queue.remove(job)
                     running[str(job.folder)] = job, _start(job, device, threads)
+                if not running:
+                    raise OpenVisionError(f"{queue[0].arm}: what it needs is neither finished nor among the trainings")
                 for name, (job, process) in list(running.items()):
                     if (code := process.poll()) is not None:
                         del running[name]
