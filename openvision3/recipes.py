@@ -140,7 +140,7 @@ def paper_b16() -> TrainConfig:
     `re_caption`). Source: OpenVision 3, section 3 and its table of hyperparameters; what it leaves open follows
     OpenVision 1 (text towers, optimizer) or is ours (see docs/METHOD.md).
 
-    `torchrun --nnodes 8 --nproc-per-node 8 ... -m openvision3 train paper_b16`: on 64 H100, about 56 hours and 19 GiB,
+    `torchrun --nnodes 8 --nproc-per-node 8 ... -m openvision3 train paper_b16`: on 64 H100, about 56 hours and 11 GiB,
     counted and not measured (docs/SCALING.md).
     """
     return TrainConfig(
@@ -171,7 +171,7 @@ def paper_l16() -> TrainConfig:
     """OpenVision 3 ViT-L/16 as published: `paper_b16` with an encoder and text towers of L, the decoder B.
 
     The decoder stays Base, as the paper found L unstable there. `torchrun --nnodes 8 --nproc-per-node 8 ... -m
-    openvision3 train paper_l16`: on 64 H100, about 77 hours and 26 GiB, counted and not measured (docs/SCALING.md).
+    openvision3 train paper_l16`: on 64 H100, about 77 hours and 18 GiB, counted and not measured (docs/SCALING.md).
     """
     base = paper_b16()
     text = TransformerConfig(768, 12, 12, activation="gelu_tanh")  # OpenVision 1's for L
@@ -192,7 +192,7 @@ def paper_l16() -> TrainConfig:
 def b16_1000_200() -> TrainConfig:
     """ViT-B/16 at the length of the paper's ablations, 1000 + 200 epochs: a replication on 8 GPUs of 80 GB.
 
-    `torchrun --standalone --nproc-per-node 8 -m openvision3 train b16_1000_200`: on 8 H100, about 141 hours and 19 GiB,
+    `torchrun --standalone --nproc-per-node 8 -m openvision3 train b16_1000_200`: on 8 H100, about 141 hours and 11 GiB,
     counted and not measured (docs/SCALING.md).
     """
     base = paper_b16()
@@ -210,7 +210,7 @@ def b16_1000_200() -> TrainConfig:
 def s16_1gpu() -> TrainConfig:
     """ViT-S/16 on one GPU of 24 GB, about a day: 16 + 2 epochs at 128 then 256 px of your own tars.
 
-    `ov3 train s16_1gpu --data.source TARS`: on an RTX 4090 about 24 hours and 13 GiB, counted and not measured
+    `ov3 train s16_1gpu --data.source TARS`: on an RTX 4090 about 24 hours and 9.2 GiB, counted and not measured
     (docs/SCALING.md). Smaller batches than the paper's, with a rate to match; pixels are decoded for one sample in
     eight, as the FLUX decoder would otherwise take most of the time.
     """

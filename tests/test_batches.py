@@ -125,7 +125,7 @@ def test_last_batch_is_smaller() -> None:
 
 
 def test_bad_samples_are_replaced_counted_and_logged(mixed: Path, caplog: pytest.LogCaptureFixture) -> None:
-    source = TarSource(mixed, shuffle=False)
+    source = TarSource(mixed, DataConfig(caption_field=""), shuffle=False)
     batches = stream(source, 0, 400, batch_size=50, num_workers=2)
     with caplog.at_level(logging.WARNING):
         held = rows(list(batches))
@@ -143,6 +143,20 @@ def test_bad_samples_are_replaced_counted_and_logged(mixed: Path, caplog: pytest
     good = {f"s{i:04d}" for i in range(400)} - {"s0005", "s0150", "s0333"}
     assert {row[0] for row in held.values()} == good
     assert all(held[i][0] == f"s{i:04d}" for i in range(400) if i not in (5, 150, 333))
+
+
+def test_texts_that_are_not_where_they_are_looked_for_are_said_once(
+    mixed: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        batches = list(stream(TarSource(mixed, shuffle=False), 10, 34))
+        assert [batch.standing_in for batch in batches] == [6] * 4
+        assert len(caplog.messages) == 1 and "6 of a batch's 6 samples lack the text" in caplog.messages[0]
+        caplog.clear()
+        assert not any(batch.standing_in for batch in stream(TarSource(mixed, shuffle=False), 10, 34,
+                                                             contrastive_length=0, caption_length=0))  # fmt: skip
+        list(stream(TarSource(mixed, DataConfig(caption_field=""), shuffle=False), 10, 34))
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -391,9 +391,13 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = write_tar(out / "bad.tar", {"a.png": picture(), "a.txt": b"x", "b.png": b"junk", "b.txt": b"x"})
     bad.write_bytes(bad.read_bytes()[: 512 * 8])
     assert commands.check((str(out),), output=OutputOptions(json=figures)) == 1
-    said = capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "1 have no caption text (--caption-field caption): their other text stands in" in captured.out
+    said = captured.err
     assert f"{bad}/b: its png: is not a picture" in said and f"{bad}: cut short" in said
-    assert json.loads(figures.read_text())["bad"] == [[f"{bad}/b", "its png: is not a picture of a known format"]]
+    found = json.loads(figures.read_text())
+    assert (found["without_alt"], found["without_caption"]) == (0, 1)
+    assert found["bad"] == [[f"{bad}/b", "its png: is not a picture of a known format"]]
     (out / "junk.tar").write_bytes(b"junk")
     assert commands.index((str(out / "junk.tar"), str(out / "000000.tar"))) == 1
     assert "junk.tar: is not a tar" in capsys.readouterr().err and load_index(out / "000000.tar") is not None

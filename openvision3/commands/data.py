@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -150,7 +151,7 @@ def check(
     filter: str = DataConfig.filter,
     output: Output = OutputOptions(),
 ) -> int:
-    """Reads and decodes every sample of tars, and names each one that training would skip.
+    """Reads and decodes every sample of tars; names each one that training would skip, counts those that lack a text.
 
     Args:
         paths: tars: files, URLs, brace lists, globs or folders
@@ -169,22 +170,28 @@ def check(
     for path, reason in source.broken:
         fail(f"{path}: {reason}")
     bad: list[tuple[str, str]] = []
+    missing: Counter[str] = Counter()
     total = len(source)
     with Progress(total, "samples") as progress:
         for number in range(total):
             if number % CHECKED_TOGETHER == 0:
                 source.prepare(list(range(number, min(number + CHECKED_TOGETHER, total))))
             try:
-                source.read(number)
+                missing[source.read(number).missing] += 1
             except BadSample as error:
                 bad.append((str(sibling(source.tar_of(number), error.key)), error.reason))
                 fail(": ".join(bad[-1]))
             progress.advance(1)
     share = len(bad) / total
     print(f"{total} samples in {len(source.shards)} tars, {len(bad)} unusable ({share:.2%}), {progress.rate:.0f}/s")
+    for text, flag, name in (("alt", "--alt-key", alt_key), ("caption", "--caption-field", caption_field)):
+        if missing[text]:
+            print(f"{missing[text]} have no {text} text ({flag} {name}): their other text stands in")
     figures = {
         "samples": total,
         "tars": len(source.shards),
+        "without_alt": missing["alt"],
+        "without_caption": missing["caption"],
         "bad": bad,
         "broken": [list(map(str, b)) for b in source.broken],
     }

@@ -67,6 +67,7 @@ class Batch:
     captions: list[str]
     bad: list[Bad] = field(default_factory=list)  # what could not be used and was replaced
     latents: Tensor | None = None  # bf16 (B, C, h, w), of the crops that `images` shows; None: not cached
+    standing_in: int = 0  # samples with one text where the training asks for two
 
 
 @dataclass
@@ -146,6 +147,7 @@ class BatchStream:
         self.bad: list[Bad] = []
         self.seen = 0
         self._bad_keys: set[str] = set()
+        self._told = False
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -171,6 +173,14 @@ class BatchStream:
         it is no accident (three standard deviations). One is never too many, however small the data and long the run.
         """
         self.seen += len(batch.positions)
+        if not self._told and 2 * batch.standing_in > len(batch.positions):
+            self._told = True
+            log.warning(
+                "%d of a batch's %d samples lack the text that data.caption_field or data.alt_key names, and the other "
+                "stands in: `ov3 data check` with the same names counts them",
+                batch.standing_in,
+                len(batch.positions),
+            )
         self.bad += batch.bad
         for position, key, reason in batch.bad:
             log.warning("position %d: sample %s skipped: %s", position, key, reason)
@@ -265,6 +275,7 @@ class _Batches(Dataset[Batch | _Failure]):
         latents: list[Tensor] = []
         texts: tuple[list[str], ...] = ([], [], [])
         bad: list[Bad] = []
+        standing_in = 0
         try:
             self._prepare(chunks[0], unseen)
             for number, chunk in enumerate(chunks, start=1):
@@ -273,6 +284,7 @@ class _Batches(Dataset[Batch | _Failure]):
                 for position in chunk:
                     sample, row, image = self._sample(position, position not in unseen, bad)
                     keys.append(sample.key)
+                    standing_in += self._lacks(sample)
                     if image is not None:
                         images.append(image)
                     if row is not None:
@@ -291,7 +303,14 @@ class _Batches(Dataset[Batch | _Failure]):
             texts[2],
             bad,
             torch.stack(latents) if latents else None,
+            standing_in,
         )
+
+    def _lacks(self, sample: Sample) -> bool:
+        """Whether a tower is given one text of the sample in place of the other."""
+        lengths = (self.contrastive_length, self.contrastive_length, self.caption_length)
+        rules = {rule for rule, length in zip(self.texts, lengths, strict=True) if length}
+        return sample.missing == "alt" and "alt" in rules or sample.missing == "caption" and bool(rules - {"alt"})
 
     def _prepare(self, positions: list[int], unseen: set[int]) -> None:
         if self.latents is None:

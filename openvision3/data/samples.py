@@ -53,6 +53,7 @@ class Sample:
     shard: int = 0  # number of that tar among its source's
     number: int = 0  # within the tar, in its order; of a scene: its index
     encoded: Encoded | None = None  # the picture's file, where it was asked for undecoded
+    missing: Literal["", "alt", "caption"] = ""  # a text that the config names and is not there: the other stands in
 
     @property
     def name(self) -> str:
@@ -185,7 +186,8 @@ def make_sample(entry: Entry, needed: Needed, read: Read, config: DataConfig) ->
     if not (alt or caption):
         raise BadSample(key, "has no caption")
     encoded = Encoded(needed.image, members[needed.image]) if needed.image in members else None
-    return Sample(key, NO_PICTURE, alt or caption, caption or alt, meta, encoded=encoded)
+    missing = "alt" if config.alt_key and not alt else "caption" if config.caption_field and not caption else ""
+    return Sample(key, NO_PICTURE, alt or caption, caption or alt, meta, encoded=encoded, missing=missing)
 
 
 def picture_alone(entry: Entry, needed: Needed, read: Read) -> Sample:

@@ -1,1 +1,1 @@
-"""OpenVision 3 inside a language model: LLaVA-1.5 and LLaVA-NeXT on transformers' classes (METHOD.md, section 8)."""
+"""OpenVision 3 inside a language model: LLaVA-1.5 and LLaVA-NeXT on transformers' classes (docs/VLM.md)."""

@@ -65,7 +65,7 @@ class VLMStageConfig:
 
 @dataclass(frozen=True)
 class VLMTrainConfig:
-    """LLaVA-1.5 or LLaVA-NeXT on a frozen encoder (arXiv 2310.03744; METHOD.md, section 8)."""
+    """LLaVA-1.5 or LLaVA-NeXT on a frozen encoder (arXiv 2310.03744; docs/VLM.md)."""
 
     recipe: str
     tower: str  # the frozen encoder: model of openvision3 (folder, hub id, "demo"), or CLIP or SigLIP of transformers

@@ -86,7 +86,10 @@ def _check(folder: Path) -> None:
     if config.get("quantization_config"):
         raise OpenVisionError(f"{folder}: its weights are quantised: expected plain ones, which can be trained")
     if not any((folder / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
-        raise OpenVisionError(f"{folder} has no weights: expected model.safetensors, or several with their index")
+        raise OpenVisionError(
+            f"{folder} has no weights: expected model.safetensors, or several with their "
+            "index; transformers makes them of a .bin (docs/VLM.md)"
+        )
 
 
 def _set_pad(folder: Path, model: Any, tokenizer: Any) -> None:

@@ -8,7 +8,7 @@ from openvision3.vlm.scenes_questions import SCENES
 
 
 def demo() -> VLMTrainConfig:
-    """SmolLM2-135M-Instruct sees scenes through the demo model: projector and LoRA, on two cores in 90 minutes."""
+    """SmolLM2-135M-Instruct sees scenes through the demo model: projector and LoRA, an hour of two cores."""
     return VLMTrainConfig(
         recipe="vlm_demo",
         tower="demo",
