@@ -48,6 +48,7 @@ def test_interval_is_students() -> None:
     interval = Interval.of([1.0, 2.0, 3.0])
     assert (interval.mean, interval.low, interval.high) == pytest.approx((2, 2 - 2.484, 2 + 2.484), abs=1e-3)
     assert Interval.of([4.0]).low == -math.inf
+    assert Interval.of([1.0, math.nan]).high == Interval.of([1.0, math.inf]).high == math.inf
 
 
 def test_verdicts_follow_from_intervals() -> None:
@@ -104,6 +105,7 @@ def used(arm: str) -> dict[str, Any]:
     questions = ("presence, random", "presence, popular", "presence, adversarial", "relation", "count", "scene")
     return {
         "classifier/top1": 0.95,
+        "generation/real_top1": 0.97,
         "generation/KID-EffNetLite0": 0.2 + worse,
         "generation/KID-EffNetLite0, each": [0.19 + worse, 0.21 + worse],
         "generation/reconstructions KID-EffNetLite0": 0.05,
@@ -151,6 +153,19 @@ def test_claims_are_judged_by_their_rules() -> None:
     for seed in control.values():
         seed["untrained"]["meter"][-1]["pixel_l1"] = 0.01
     assert verdicts(control)["b"] == SUPPORTED, "a control has no vote"
+    rising = made_up()
+    for seed in rising.values():  # a negative share of a fall that is none is below every bound
+        seed["unified"]["meter"][-1]["contrastive"] = 5.1
+    assert verdicts(rising)["c"] == UNDECIDED
+    broken = made_up()
+    broken[1]["unified"]["meter"][-1]["pixel_l1"] = "nan"
+    broken[2]["unified"]["figures"]["reconstruction/psnr"] = None
+    assert verdicts(broken) | {"d": ""} == dict.fromkeys("abc", UNDECIDED) | {
+        "d": "",
+        "noise": UNDECIDED,
+        "clip": UNDECIDED,
+    } | {"b": SUPPORTED}
+    json.dumps(page.as_json([page.judge(claim, broken, False) for claim in CLAIMS.values()]), allow_nan=False)
     missing = made_up()
     del missing[0]["pixels"], missing[1]["pixels"]
     assert page.judge(CLAIMS["d"], missing, False).seeds == 1
@@ -174,7 +189,9 @@ def test_page_from_fixed_results(tmp_path: Path) -> None:
         "| questions-clip | a language model that sees the tokens of `clip` | 30 | 25, 50 | 5 | 80 | 80, 95 |" in text
     )
     assert "| KID of generated pictures, unified less CLIP-style | -0.1 | one seed | -0.1 | below 0 | open |" in text
-    assert "right in 95.0 % of other held-out scenes" in text and "24,000 scenes of one thing" in text
+    assert (
+        "right in 95.0 % of other held-out scenes, and 97.0 % of these" in text and "24,000 scenes of one thing" in text
+    )
     for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
         assert len({row.count(" | ") for row in table.splitlines()}) == 1, table
     page.write_page(outcomes, found, path, "ov3 reproduce all --seeds 3")
@@ -279,10 +296,19 @@ def test_a_stopped_arm_goes_on_exactly_and_a_finished_one_is_kept(
         schedule.run_jobs([longer], 1, "cpu", said.append)
 
 
-def test_an_arm_that_fails_is_named_in_one_line(tmp_path: Path, vae: VAEConfig) -> None:
+def test_an_arm_that_fails_is_named_in_one_line(
+    tmp_path: Path, vae: VAEConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = schedule.Job("unified", 0, replace(tiny(tmp_path, vae), init=str(tmp_path / "nothing")))
     with pytest.raises(OpenVisionError, match=r"^unified, seed 0: .*nothing.*log.txt\)$"):
         schedule.run_jobs([job], 1, "cpu", lambda _: None)
+    killed = replace(job, recipe=tiny(tmp_path, vae))  # the same folder, whose log tells of an earlier failure
+    (tmp_path / RECIPE).unlink()
+    monkeypatch.setattr(sys, "executable", str(executable := tmp_path / "killed"))
+    executable.write_text("#!/bin/sh\nkill -9 $$\n")
+    executable.chmod(0o755)
+    with pytest.raises(OpenVisionError, match=r"^unified, seed 0: exit code -9"):
+        schedule.run_jobs([killed], 1, "cpu", lambda _: None)
 
 
 def test_quick_is_wired_from_command_to_page(
@@ -310,6 +336,7 @@ def test_quick_is_wired_from_command_to_page(
         (["a", "--samples", "-1"], "samples is -1"),
         (["a", "--samples", "64"], "an arm needs at least 128"),
         (["a", "--quick", "--samples", "640"], "leave out --samples"),
+        (["a", "--write", "page.svg"], "expected a page's file"),
         (["clip", "--generator-samples", "-1"], "generator_samples is -1"),
         (["clip", "--questions", "5"], "questions is 5: expected at least 16"),
     ],

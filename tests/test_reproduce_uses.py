@@ -32,13 +32,17 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "model")
 
 
+def never(*_: Any) -> None:
+    raise AssertionError("trained again")
+
+
 def begun(folder: Path, made: Any) -> Path:
     folder.mkdir(exist_ok=True)
     save_json(made, folder / RECIPE)
     return folder
 
 
-def test_generation_is_trained_and_measured(encoder: str, tmp_path: Path) -> None:
+def test_generation_is_trained_and_measured(encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = tuple(demo.names(30))
     judge = begun(tmp_path / "classifier", ClassifierRecipe(names, 128, str(tmp_path / "classifier"), held_out=64))
     run_arm(judge, "classifier")
@@ -76,6 +80,7 @@ def test_generation_is_trained_and_measured(encoder: str, tmp_path: Path) -> Non
     assert figures["generation/KID-EffNetLite0"] == pytest.approx(sum(each) / 2)
     assert figures["generation/reconstructions KID-EffNetLite0"] > 0 and 0 <= figures["generation/top1"] <= 1
     (folder / "result.json").unlink()
+    monkeypatch.setattr(generation, "train", never)
     run_arm(folder, "generation")
     assert finished(folder)["figures"] == figures, "measured again, the figures are the same"  # type: ignore[index]
 
@@ -111,9 +116,6 @@ def test_questions_are_trained_and_asked(encoder: str, tmp_path: Path, monkeypat
 
     (folder / "result.json").unlink()
     (folder / "blind.json").unlink()
-
-    def never(*_: Any) -> None:
-        raise AssertionError("trained again")
 
     monkeypatch.setattr(questions, "train", never)
     run_arm(folder, "questions")

@@ -126,6 +126,10 @@ def test_resumes_exactly(config, alone, tmp_path):
         said = run(config, tmp_path / "run", kill_after=kill_after)
         assert f"stopped in {stage} after" in said
         assert not (tmp_path / "run" / "model").exists()
+        environment = (tmp_path / "run" / "environment.json").read_text()
+        with pytest.raises(OpenVisionError, match="holds a run with another stage2.peak_lr"):
+            train(replace(config, out=str(tmp_path / "run"), stage2=replace(config.stage2, peak_lr=1.0)), "cpu")
+        assert (tmp_path / "run" / "environment.json").read_text() == environment
     run(config, tmp_path / "run")
     for name in ("stage1/trained.safetensors", "stage2/trained.safetensors", "model/model.safetensors"):
         x, y = load_file(alone[0] / name), load_file(tmp_path / "run" / name)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -52,13 +51,13 @@ def reproduce(
     seed, and decides nothing. samples: scenes that an encoder sees, 0 for about 6,000; generator_samples: that a
     generator sees, 0 for 24,000; questions: of a language model's second stage, 0 for 2,400. jobs: trainings side by
     side; 0: one a core (one on a GPU). precision: auto is timed once for encoders, once for what is made of them.
-    write: the page, such as docs/REPRODUCTION.md, with its curves beside it.
+    write: the page, Markdown as docs/REPRODUCTION.md, with its curves beside it.
     """
     from openvision3.reproduction.arms import ARMS, QUICK, Length
     from openvision3.reproduction.claims import CLAIMS, MOST_SEEDS
     from openvision3.reproduction.page import as_json, chosen_claims, judge, write_page
+    from openvision3.reproduction.schedule import cores, results, run_jobs
     from openvision3.reproduction.schedule import jobs as planned
-    from openvision3.reproduction.schedule import results, run_jobs
 
     if "list" in claims or not claims:
         print(_list())
@@ -72,19 +71,21 @@ def reproduce(
     for name, value in (*given.items(), ("jobs", jobs)):
         if value < 0:
             raise OpenVisionError(f"{name} is {value}: expected at least 0")
-    for path in (write, json):
+    if write is not None and (write.is_dir() or write.suffix == ".svg"):
+        raise OpenVisionError(f"write is {write}: expected a page's file, such as page.md (its curves go to page.svg)")
+    for path in (write, write and write.with_suffix(".svg"), json):
         common.refuse_existing(path, overwrite)
     given = {name: value for name, value in given.items() if value}
     if quick and given:
         raise OpenVisionError(f"--quick has its own length: leave out --{next(iter(given)).replace('_', '-')}")
     length = QUICK if quick else Length(**given)
-    out = out / "quick" if quick else out
+    out = (out / "quick" if quick else out).resolve()  # recipes hold it, and are compared
     chosen = chosen_claims(claims)
     kinds = {ARMS[arm].kind for claim in chosen for arm in claim.arms}
     if "questions" in kinds:
         _can_ask()
     kind = _device_kind(device)
-    at_once = jobs or (len(os.sched_getaffinity(0)) if kind == "cpu" and hasattr(os, "sched_getaffinity") else 1)
+    at_once = jobs or (cores() if kind == "cpu" else 1)
     of_encoders = _precision(out, length, device, precision, quick)
     of_uses = _uses_precision(out, device, precision, quick) if kinds > {"encoder"} else "fp32"
     wanted = planned(chosen, 1 if quick else seeds, length, out, of_encoders, of_uses)
@@ -103,9 +104,9 @@ def reproduce(
 def _list() -> str:
     from openvision3.reproduction.claims import CLAIMS
 
-    lines = ["usage: ov3 reproduce CLAIM... [--quick] [--write docs/REPRODUCTION.md]", ""]
+    lines = ["usage: ov3 reproduce CLAIM... [--quick] [--write page.md]", ""]
     for claim in CLAIMS.values():
-        arms = f" [{', '.join(claim.arms)}{'; one seed' if claim.one_seed else ''}]" if claim.arms else ""
+        arms = f" [{', '.join(claim.arms)}{'; one seed' if claim.one_seed else ''}]"
         lines.append(f"  {claim.name:<6} {claim.words}{arms}")
     lines += ["  all    all of these", "", "recipes of the paper's other ablations, full size, not run here:"]
     return "\n".join(lines + [f"  {words}: {command}" for words, command in RECIPES])
@@ -179,7 +180,7 @@ def _command(claims: tuple[str, ...], quick: bool, seeds: int, given: dict[str, 
 
 def _print(outcome: "Outcome") -> None:
     claim = outcome.claim
-    seeds = f", {outcome.seeds} seed{'s' if outcome.seeds != 1 else ''}" if claim.arms else ""
+    seeds = f", {outcome.seeds} seed{'s' if outcome.seeds != 1 else ''}"
     title = f"{claim.name}: {claim.words}: {outcome.verdict}{seeds}"
     words = {True: "holds", False: "fails", None: "open"}
     rows = [

@@ -1,4 +1,4 @@
-"""What the claims compare: encoders, each one recipe changed in one place, and what is made of them once trained."""
+"""What the claims compare: encoders, each a recipe changed in one place (`clip`: in two), and what is made of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-REPRODUCED, SUPPORTED = "reproduced at full size", "supported at demo size"
+SUPPORTED = "supported at demo size"
 UNDECIDED, CONTRADICTED = "code path tested only", "contradicted"
 NOT_DECIDED = "not decided"  # of --quick
-# 97.5 % quantiles of Student's t, by degrees of freedom from 1
 LONG = 80_000  # scenes: the first stage of the recipe `demo`
+# 97.5 % quantiles of Student's t, by degrees of freedom from 1
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 MOST_SEEDS = len(T) + 1
 
@@ -24,7 +24,7 @@ Results = Mapping[str, Result]  # of one seed, by arm
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds and its 95 % interval; infinite for one seed."""
+    """A mean over seeds and its 95 % interval; infinite for one seed, or where a number is not finite."""
 
     mean: float
     low: float
@@ -34,7 +34,7 @@ class Interval:
     @classmethod
     def of(cls, values: Sequence[float]) -> "Interval":
         mean = statistics.fmean(values)
-        if len(values) < 2:
+        if len(values) < 2 or not all(map(math.isfinite, values)):
             return cls(mean, -math.inf, math.inf, tuple(values))
         reach = T[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
         return cls(mean, mean - reach, mean + reach, tuple(values))
@@ -64,7 +64,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says, the arms that it takes, and what is checked of them; no checks: nothing is decided."""
+    """What the paper says, the arms that it takes, and what is checked of them."""
 
     name: str
     words: str
@@ -85,17 +85,22 @@ def verdict(outcomes: Sequence[bool | None], quick: bool = False) -> str:
 
 def figure(arm: str, name: str) -> Callable[[Results], float]:
     """A figure of the end, on scenes of the held-out split; `name` as `evaluate_all` has it: part/name."""
-    return lambda results: float(results[arm]["figures"][name])
+    return lambda results: _number(results[arm]["figures"][name])
 
 
 def end(arm: str, loss: str) -> Callable[[Results], float]:
     """A held-out loss after the training."""
-    return lambda results: float(results[arm]["meter"][-1][loss])
+    return lambda results: _number(results[arm]["meter"][-1][loss])
 
 
 def start(arm: str, loss: str) -> Callable[[Results], float]:
     """A held-out loss after the first step."""
-    return lambda results: float(results[arm]["meter"][0][loss])
+    return lambda results: _number(results[arm]["meter"][0][loss])
+
+
+def _number(value: Any) -> float:
+    """NaN for one that was recorded as not finite."""
+    return math.nan if value is None else float(value)
 
 
 def minus(
@@ -106,11 +111,11 @@ def minus(
 
 
 def ratio(a: Callable[[Results], float], b: Callable[[Results], float]) -> Callable[[Results], float]:
-    """The paired ratio; infinite where `b` is 0."""
+    """The paired ratio, of a positive `b`; NaN, which leaves a check open, where it is not."""
 
     def value(results: Results) -> float:
         below = b(results)
-        return a(results) / below if below else math.inf
+        return a(results) / below if below > 0 else math.nan
 
     return value
 

@@ -41,7 +41,8 @@ def run_classifier(recipe: ClassifierRecipe, folder: Path) -> dict[str, Any]:
 
 def run_generation(recipe: GenerationRecipe, folder: Path, device: str) -> dict[str, Any]:
     """Trains a generator, draws pictures for the classes of held-out scenes, and measures them against those scenes."""
-    train(recipe.train, device)
+    if not (folder / "generator").exists():  # else it was stopped while it was measured
+        train(recipe.train, device)
     generator = load_generator(folder, device=device)
     network = load_effnet_lite0(generator.space.model.device)
     classifier = load_scene_classifier(Path(recipe.classifier))

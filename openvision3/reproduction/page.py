@@ -1,6 +1,7 @@
 """docs/REPRODUCTION.md: verdicts, tables and curves, all from the results of the arms."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,9 +167,10 @@ def _how(found: dict[int, dict[str, Result]]) -> str:
         f"Each encoder is the recipe `demo`, shortened to {stage['samples']:,} scenes of {scenes['num_names']} named "
         f"things at {stage['resolution']} px, in {config['precision']}, with {config['loss']['omega_rec']:g} : "
         f"{config['loss']['omega_und']:g} for omega_rec : omega_und. Arms of one seed "
-        f"see the same scenes in the same order, and differ in one thing. Losses: {config['meter_samples']} held-out "
-        f"scenes; other figures: {config['eval_samples']} scenes on landscapes never trained on. "
-        f"{len(every)} trainings, {sum(result['seconds'] for result in every) / 3600:.1f} hours of processes "
+        f"see the same scenes in the same order, and differ in one thing (`clip` in two: input and losses). Losses: "
+        f"{config['meter_samples']} held-out scenes; other figures: {config['eval_samples']} scenes on landscapes "
+        f"never trained on, zero-shot those of one thing alone. {len(every)} trainings, "
+        f"{sum(result['seconds'] for result in every) / 3600:.1f} hours of the processes that ended them, "
         f"of {environment['threads']} thread(s), each at {rates[0]:.0f} to {rates[-1]:.0f} samples a second, torch "
         f"{environment['packages'].get('torch', '')}, {environment['platform']}."
     )
@@ -186,14 +188,21 @@ def _uses(found: dict[int, dict[str, Result]]) -> Iterator[str]:
         recipe = of_kind["generation"][0]["config"]
         train, sampler = recipe["train"], recipe["sampler"]
         judge = next((r["figures"]["classifier/top1"] for r in of_kind["classifier"]), None)
-        classifier = "" if judge is None else f" (right in {100 * judge:.1f} % of other held-out scenes)"
+        real = of_kind["generation"][0]["figures"]["generation/real_top1"]
+        classifier = (
+            ""
+            if judge is None
+            else (f" (right in {100 * judge:.1f} % of other held-out scenes, and {100 * real:.1f} % of these)")
+        )
         yield (
             f"Each generator is the embedded one's network and rates, by class in place of captions: "
             f"{train['samples']:,} scenes of one thing, {train['draws']} times and noises each, in "
             f"{train['precision']}; {recipe['pictures']} pictures of each of {recipe['sampler_seeds']} seeds, "
             f"{sampler['steps']} steps of {sampler['solver'].capitalize()}, guidance {sampler['guidance']:g}, for the "
-            f"classes of as many held-out scenes. KID is EfficientNet-Lite0's, unbiased. The classifier sees pixels "
-            f"alone{classifier}. {len(of_kind['generation'])} trainings, {hours['generation']:.1f} hours."
+            f"classes of as many held-out scenes. KID is EfficientNet-Lite0's, unbiased for generated pictures (that "
+            f"of reconstructions is against their own originals, so a little low). The classifier sees pixels alone"
+            f"{classifier}. {len(of_kind['generation'])} trainings, {hours['generation']:.1f} hours of the processes "
+            "that ended them."
         )
     if of_kind["questions"]:
         train = of_kind["questions"][0]["config"]["train"]
@@ -297,10 +306,15 @@ def as_json(outcomes: Sequence[Outcome]) -> Mapping[str, Any]:
             "seeds": outcome.seeds,
             "checks": [
                 {"check": check.words, "side": check.side, "bound": check.bound, "votes": check.votes,
-                 "mean": interval.mean, "values": list(interval.values), "holds": holds,
-                 "interval": [interval.low, interval.high] if outcome.seeds > 1 else None}
+                 "mean": _finite(interval.mean), "values": list(map(_finite, interval.values)), "holds": holds,
+                 "interval": [interval.low, interval.high] if math.isfinite(interval.low) else None}
                 for check, interval, holds in outcome.checks
             ],
         }
         for outcome in outcomes
     }  # fmt: skip
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no other numbers."""
+    return value if math.isfinite(value) else None

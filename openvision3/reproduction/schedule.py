@@ -133,12 +133,12 @@ def run_jobs(wanted: Sequence[Job], at_once: int, device: str, say: Callable[[st
     for job in waiting:
         if (job.folder / RECIPE).exists():
             _refuse_other(job, load_json(RECIPES[job.kind], job.folder / RECIPE))
-    threads = max(1, len(os.sched_getaffinity(0)) // at_once) if hasattr(os, "sched_getaffinity") else 1
+    threads = max(1, cores() // at_once)
     running: dict[str, tuple[Job, subprocess.Popen[bytes]]] = {}
     before, started = _work_done(waiting), time.monotonic()
     last = started
     queue = list(waiting)
-    with StopRequest() as stop:
+    with StopRequest(hangup=True) as stop:
         try:
             while (queue or running) and not stop:
                 while len(running) < at_once and (job := _next(queue)) is not None:
@@ -165,6 +165,11 @@ def run_jobs(wanted: Sequence[Job], at_once: int, device: str, say: Callable[[st
             raise RunInterrupted("stopped, with all saved; the same command goes on from there", stop.signal_number)
 
 
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _next(queue: Sequence[Job]) -> Job | None:
     """The first that can begin; None: those that are running must end first, or nothing is left."""
     return next((job for job in queue if all(finished(folder) is not None for folder in job.needs)), None)
@@ -175,7 +180,7 @@ def _start(job: Job, device: str, threads: int) -> "subprocess.Popen[bytes]":
     save_json(job.recipe, job.folder / RECIPE)
     command = [sys.executable, "-m", "openvision3.reproduction.arm", str(job.folder), job.kind, device]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    with (job.folder / LOG).open("ab") as log:
+    with (job.folder / LOG).open("wb") as log:  # of this start: what an earlier one died of is no longer so
         # a session of its own: a terminal's Ctrl-C reaches it through this process alone
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 

@@ -74,9 +74,10 @@ def _locked(file: TextIO) -> bool:
 
 
 def has_begun(folder: Path) -> bool:
-    """Whether a run has recorded a step or saved a checkpoint."""
-    records = folder / "metrics.jsonl"
-    return (records.exists() and records.stat().st_size > 0) or any((folder / "checkpoints").glob("step_*"))
+    """Whether a run, or a stage of it in a folder of its own, has recorded a step or saved weights."""
+    records = (folder / "metrics.jsonl", *folder.glob("*/metrics.jsonl"))
+    saved = (*folder.glob("checkpoints/step_*"), *folder.glob("*/*.safetensors"))
+    return bool(saved) or any(path.exists() and path.stat().st_size > 0 for path in records)
 
 
 def check_resumable(old: Any, new: Any, folder: Path, say: Callable[[str], None]) -> None:
@@ -122,15 +123,19 @@ def recorded_environment(folder: Path) -> dict[str, Any] | None:
 class StopRequest:
     """Turns the first SIGINT, SIGTERM or SIGUSR1 into a request to stop after the step; a second SIGINT stops at once.
 
-    A context manager; outside the main thread it does nothing, as Python delivers signals there only.
+    With `hangup`, so does the end of the terminal, unless that is ignored (nohup). A context manager; outside the main
+    thread it does nothing, as Python delivers signals there only.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hangup: bool = False) -> None:
+        self._numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+        if hangup and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            self._numbers.append(signal.SIGHUP)
         self.signal_number = 0  # of the signal received; 0: none
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for number in self._numbers:
             try:
                 self._previous[number] = signal.signal(number, self._receive)
             except ValueError:
