@@ -140,6 +140,20 @@ def test_environment_is_recorded_once(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "environment.json").read_text()) == record
 
 
+def test_the_end_of_a_terminal_stops_where_it_is_asked_for() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with StopRequest(hangup=True) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.signal_number == signal.SIGHUP
+        assert signal.signal(signal.SIGHUP, signal.SIG_IGN) == signal.SIG_DFL
+        with StopRequest(hangup=True) as stop:  # as under nohup
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_first_signal_asks_second_interrupts() -> None:
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
